@@ -1,0 +1,32 @@
+# make tutorial | test | lab | publish | lint | clean.  Every target first makes the environment in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
+WORKERS ?= 2
+
+.PHONY: tutorial test lab publish lint clean
+
+.venv/installed: requirements.txt constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -r requirements.txt -c constraints.txt
+	$(BIN)/python -m pip install --quiet --no-deps -e . open-mythos==0.5.0
+	touch $@
+
+tutorial: .venv/installed
+	MYTHOS_FIGURES=$(CURDIR)/build/figures $(BIN)/python -m mythos_core.batch $(NOTEBOOKS) --workers $(WORKERS) --out build/tutorial
+
+test: .venv/installed
+	$(BIN)/python -m pytest tests notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout=300
+
+lab: .venv/installed
+	$(BIN)/python -m jupyter lab notebooks
+
+publish: .venv/installed
+	MYTHOS_FIGURES=$(CURDIR)/figures $(BIN)/python -m mythos_core.batch $(NOTEBOOKS) --workers $(WORKERS) --out build/publish --publish
+
+lint: .venv/installed
+	$(BIN)/python -m ruff check .
+
+clean:
+	rm -rf .venv build

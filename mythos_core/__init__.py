@@ -1,0 +1,7 @@
+"""Recurrent-depth transformers: the model, the parity task, the probes."""
+from mythos_core.cache import KVCache
+from mythos_core.config import MythosConfig
+from mythos_core.interop import from_open_mythos
+from mythos_core.model import OpenMythos
+
+__all__ = ["KVCache", "MythosConfig", "OpenMythos", "from_open_mythos"]

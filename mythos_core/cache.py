@@ -1,0 +1,83 @@
+"""KVCache: what a model keeps of the positions it has read, for each layer and each loop."""
+import math
+
+from torch import Tensor
+
+
+class _Strip:
+    """One cached tensor, positions on axis -2. The buffer starts at absolute position `first`."""
+
+    def __init__(self, keep: int | None):
+        self.buffer, self.first, self.keep = None, 0, keep
+
+    def wanted_from(self, length: int) -> int:
+        """First position that a token at `length` may still read."""
+        return 0 if self.keep is None else max(self.first, length - self.keep)
+
+    def write(self, x: Tensor, length: int, capacity: int) -> Tensor:
+        """Put x at positions length, length + 1, ...; return what is wanted of the past, with x behind it."""
+        begin, end = self.wanted_from(length), length + x.shape[-2]
+        if self.buffer is None or end - self.first > self.buffer.shape[-2]:
+            self._make_room(x, begin, length, max(end - begin, 2 * (length - begin), capacity if self.keep is None else 0))
+        self.buffer[..., length - self.first: end - self.first, :] = x
+        return self.buffer[..., begin - self.first: end - self.first, :]
+
+    def _make_room(self, like: Tensor, begin: int, length: int, size: int):
+        old, past = self.buffer, slice(begin - self.first, length - self.first)
+        self.buffer, self.first = like.new_empty(*like.shape[:-2], size, like.shape[-1]), begin
+        if old is not None:
+            self.buffer[..., : length - begin, :] = old[..., past, :]
+
+    def nbytes(self, length: int) -> int:
+        held = length - self.wanted_from(length)
+        return math.prod(self.buffer.shape[:-2]) * held * self.buffer.shape[-1] * self.buffer.element_size()
+
+
+class KVCache:
+    """Keys and values of the positions read so far, one entry for each layer outside the loop and for each loop.
+
+    An entry's buffer doubles when it is full, so appending a token costs amortised O(1) copies; with `capacity` known
+    it is allocated once. An entry with a window keeps only what the window can still see. Nothing counts as read until
+    the pass is over (`advance`): a pass that fails half-way leaves the cache as it was.
+
+    Args:
+        capacity: positions to allocate at first use; 0 = as many as the first pass brings.
+
+    Attributes:
+        length: positions read, the position of the next token.
+        nbytes: bytes of what a later token can read, over all entries; spare capacity is not counted.
+        len(cache): the number of layer-loop entries, prelude_layers + n_loops + coda_layers once filled.
+    """
+
+    def __init__(self, capacity: int = 0):
+        if capacity < 0:
+            raise ValueError(f"capacity = {capacity}: must be 0 or more")
+        self.capacity, self.length = capacity, 0
+        self._strips: dict[tuple[str, str], _Strip] = {}
+        self._made_for: dict | None = None
+
+    def __len__(self) -> int:
+        return len({layer for layer, _ in self._strips})
+
+    @property
+    def nbytes(self) -> int:
+        return sum(strip.nbytes(self.length) for strip in self._strips.values())
+
+    def begin(self, **made_for):
+        """Open a pass; refuse it, with a ValueError, if it differs from the first one in any of the named things."""
+        for name, value in (self._made_for or {}).items():
+            if made_for[name] != value:
+                raise ValueError(f"kv_cache was filled with {name} = {value}, this pass has {name} = {made_for[name]}: use a new KVCache")
+        self._pending = made_for
+        if not self.length:
+            self._strips.clear()                             # left by a first pass that did not finish
+
+    def extend(self, layer: str, name: str, x: Tensor, keep: int | None = None) -> Tensor:
+        """Append x (..., S, d) to tensor `name` of `layer`; return (..., past + S, d), where past <= keep if given."""
+        strip = self._strips.setdefault((layer, name), _Strip(keep))
+        return strip.write(x, self.length, self.capacity)
+
+    def advance(self, n_positions: int):
+        """Count the positions of a finished pass as read."""
+        self.length += n_positions
+        self._made_for = self._pending

@@ -1,0 +1,128 @@
+"""MythosConfig: everything that decides what a model computes, checked when it is made."""
+from dataclasses import dataclass, fields
+
+ATTENTION = ("gqa", "mla")
+HALTING = ("act", "act_remainder", "none")
+
+
+@dataclass(frozen=True)
+class MythosConfig:
+    """Hyper-parameters of a recurrent-depth transformer.
+
+    The first part has the field names and defaults of open-mythos 0.5.0. The second part holds this project's
+    switches: at their defaults the model computes what that package computes.
+
+    Raises:
+        ValueError: at construction, naming the field, its value and the rule it breaks.
+    """
+
+    vocab_size: int = 32000
+    dim: int = 2048                  # width of the residual stream
+    n_heads: int = 16                # query heads
+    n_kv_heads: int = 4              # GQA: key/value heads, each shared by n_heads / n_kv_heads query heads
+    max_seq_len: int = 4096          # positions a pass may reach; longer input is refused
+    max_loop_iters: int = 16         # loops when `n_loops` is not given; rows of the per-loop LoRA scale
+    prelude_layers: int = 2          # blocks run once before the loop
+    coda_layers: int = 2             # blocks run once after it
+    attn_type: str = "mla"           # "gqa" | "mla"
+    kv_lora_rank: int = 512          # MLA: width of the cached latent
+    q_lora_rank: int = 1536          # MLA: width of the query latent
+    qk_rope_head_dim: int = 64       # MLA: channels of a head that RoPE rotates; their key is shared by all heads
+    qk_nope_head_dim: int = 128      # MLA: channels of a head without position
+    v_head_dim: int = 128            # MLA: value channels of a head
+    n_experts: int = 64              # routed experts of the looped block
+    n_shared_experts: int = 2        # experts every token passes through, each n_experts_per_tok * expert_dim wide
+    n_experts_per_tok: int = 4       # routed experts a token passes through
+    expert_dim: int = 512            # hidden width of a routed expert
+    act_threshold: float = 0.99      # cumulative halting probability at which a position stops
+    rope_theta: float = 500000.0     # RoPE base
+    lora_rank: int = 16              # rank of the per-loop adapter (Bae et al. 2024); 0 = none
+    max_output_tokens: int = 4096    # most tokens one call of `generate` may add
+    dropout: float = 0.0             # on attention weights and on each residual branch, in training
+
+    halting: str = "act"             # "act": weights may sum to < 1 | "act_remainder": the last loop gets the rest (Graves 2016) | "none"
+    loop_embedding: bool = True      # sinusoidal loop index on the first dim // 8 channels (theta 10,000)
+    window: int | None = None        # causal window: a query sees itself and window - 1 before it (Beltagy et al. 2020); None = all
+    token_shift: bool = False        # in the loop, half of the channels come from the previous position (RWKV, Peng et al. 2023)
+    rope: bool = True                # False: no position signal, "NoPE" (Kazemnejad et al. 2023)
+    init_std: float = 0.02           # weights ~ N(0, init_std^2); the working recipe needs dim ** -0.5
+    loop_noise: float = 0.0          # std of Gaussian noise on the loop's normalised input, in training
+    balance_rate: float = 0.0        # step of the routing bias towards equal load (DeepSeek-V3: 0.001); 0 = bias fixed
+
+    def __post_init__(self):
+        for field in fields(self):
+            self._check_type(field.name, field.type)
+        for name in ("vocab_size", "dim", "n_heads", "n_kv_heads", "max_seq_len", "max_loop_iters", "kv_lora_rank", "q_lora_rank",
+                     "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "n_experts", "n_experts_per_tok", "expert_dim", "max_output_tokens"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("prelude_layers", "coda_layers", "n_shared_experts", "lora_rank", "loop_noise", "balance_rate"):
+            self._require(name, getattr(self, name) >= 0, "0 or more")
+        self._require("attn_type", self.attn_type in ATTENTION, f"one of {ATTENTION}")
+        self._require("halting", self.halting in HALTING, f"one of {HALTING}")
+        self._require("n_experts_per_tok", self.n_experts_per_tok <= self.n_experts, f"at most n_experts = {self.n_experts}")
+        self._require("act_threshold", 0 < self.act_threshold <= 1, "in (0, 1]")
+        self._require("dropout", 0 <= self.dropout < 1, "in [0, 1)")
+        self._require("rope_theta", self.rope_theta > 0, "above 0")
+        self._require("init_std", self.init_std > 0, "above 0")
+        self._require("window", self.window is None or self.window >= 1, "None or at least 1")
+        self._require("dim", not self.token_shift or self.dim % 2 == 0, "even when token_shift is on")
+        if self.attn_type == "gqa":
+            self._require("dim", self.dim % self.n_heads == 0, f"a multiple of n_heads = {self.n_heads}")
+            self._require("n_heads", self.n_heads % self.n_kv_heads == 0, f"a multiple of n_kv_heads = {self.n_kv_heads}")
+            self._require("dim", not self.rope or self.rope_dim % 2 == 0, f"an even number times n_heads = {self.n_heads}, so that RoPE has pairs")
+        else:
+            self._require("qk_rope_head_dim", self.qk_rope_head_dim % 2 == 0, "even, so that RoPE has pairs")
+
+    @property
+    def rope_dim(self) -> int:
+        """Channels of a head that RoPE rotates."""
+        return self.dim // self.n_heads if self.attn_type == "gqa" else self.qk_rope_head_dim
+
+    def _require(self, name, holds, rule):
+        if not holds:
+            raise ValueError(f"MythosConfig.{name} = {getattr(self, name)!r}: must be {rule}")
+
+    def _check_type(self, name, kind):
+        value, allowed = getattr(self, name), kind
+        if kind is float:
+            allowed = int | float
+        if isinstance(value, bool) != (kind is bool) or not isinstance(value, allowed):
+            raise ValueError(f"MythosConfig.{name} = {value!r}: must be {getattr(kind, '__name__', kind)}")
+
+
+def tutorial_config(attn_type: str, **changes) -> MythosConfig:
+    """The small model of the size and cache notebooks: 462,274 parameters with "gqa", 419,554 with "mla"."""
+    small = dict(
+        vocab_size=256, dim=128, n_heads=4, n_kv_heads=2, max_seq_len=128, max_loop_iters=8, prelude_layers=1, coda_layers=1,
+        attn_type=attn_type, kv_lora_rank=32, q_lora_rank=64, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16,
+        n_experts=4, n_shared_experts=1, n_experts_per_tok=2, expert_dim=64, lora_rank=8)
+    return MythosConfig(**{**small, **changes})
+
+
+def parity_config(**changes) -> MythosConfig:
+    """The article's parity model: GQA, dim 64, up to 16 loops, 112,002 parameters."""
+    small = dict(vocab_size=64, dim=64, max_loop_iters=16, expert_dim=32, lora_rank=4)
+    return tutorial_config("gqa", **{**small, **changes})
+
+
+def _variant(dim, head, loops, layers, experts, shared, top_k, expert_dim, rank, latents, context, **more) -> MythosConfig:
+    """One published variant; all use MLA. `head` = (n_heads, n_kv_heads, rope, nope, v widths), `latents` = (kv, q ranks)."""
+    return MythosConfig(
+        dim=dim, n_heads=head[0], n_kv_heads=head[1], qk_rope_head_dim=head[2], qk_nope_head_dim=head[3], v_head_dim=head[4],
+        max_loop_iters=loops, prelude_layers=layers, coda_layers=layers, n_experts=experts, n_shared_experts=shared,
+        n_experts_per_tok=top_k, expert_dim=expert_dim, lora_rank=rank, kv_lora_rank=latents[0], q_lora_rank=latents[1],
+        max_seq_len=context, **more)
+
+
+_LONG = dict(context=1_000_000, max_output_tokens=131_072)
+
+#: The variants that open-mythos 0.5.0 publishes, by name. For counting: nobody has released weights for them.
+VARIANTS = {
+    "1B": _variant(2048, (16, 4, 32, 64, 64), 16, 2, 64, 2, 4, 2048, 8, (256, 512), 4096),
+    "3B": _variant(3072, (24, 6, 32, 96, 96), 16, 2, 64, 2, 4, 4096, 8, (384, 768), 4096),
+    "10B": _variant(4096, (32, 8, 64, 128, 128), 24, 2, 128, 2, 4, 5632, 16, (512, 1024), 8192),
+    "50B": _variant(6144, (48, 8, 64, 128, 128), 32, 3, 256, 4, 4, 9728, 32, (512, 1536), 8192),
+    "100B": _variant(8192, (64, 8, 64, 128, 128), 32, 4, 256, 4, 8, 13568, 64, (512, 2048), rope_theta=1e6, **_LONG),
+    "500B": _variant(12288, (96, 16, 64, 128, 128), 48, 4, 512, 8, 8, 23040, 128, (1024, 3072), rope_theta=1e6, vocab_size=100_000, **_LONG),
+    "1T": _variant(16384, (128, 16, 64, 128, 128), 64, 6, 512, 8, 8, 34560, 256, (1024, 4096), rope_theta=2e6, vocab_size=100_000, **_LONG),
+}

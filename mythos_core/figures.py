@@ -1,0 +1,56 @@
+"""One house style. A figure is saved as a picture and as the numbers behind it."""
+import json
+import os
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+#: Okabe and Ito's colour-blind safe palette, one colour for one thing in every notebook.
+COLOURS = {"article": "#D55E00", "extrapolating": "#0072B2", "gqa": "#E69F00", "mla": "#009E73", "reference": "#999999", "accent": "#CC79A7"}
+
+STYLE = {
+    "figure.figsize": (7, 3.6), "figure.dpi": 100, "savefig.dpi": 130, "figure.constrained_layout.use": True,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "axes.titlesize": 11, "axes.titleweight": "bold",
+    "axes.titlelocation": "left", "axes.labelsize": 10, "legend.frameon": False, "legend.fontsize": 9, "lines.linewidth": 2, "image.cmap": "cividis"}
+
+
+def use_house_style():
+    """Set matplotlib's defaults for this session."""
+    plt.rcParams.update(STYLE)
+
+
+def folder() -> Path:
+    """Where figures go: $MYTHOS_FIGURES, or build/figures of the project."""
+    here = Path.cwd()
+    return Path(os.environ.get("MYTHOS_FIGURES") or (here.parent if here.name == "notebooks" else here) / "build" / "figures")
+
+
+def save(fig, name: str, alt: str, **numbers) -> None:
+    """Write NAME.png, and NAME.json with the alternative text and the numbers plotted (6 significant digits)."""
+    folder().mkdir(parents=True, exist_ok=True)
+    fig.savefig(folder() / f"{name}.png", metadata={"Software": None})
+    text = json.dumps({"alt": alt, **_plain(numbers)}, indent=1)
+    (folder() / f"{name}.json").write_text(text + "\n")
+
+
+def _plain(value):
+    """Tensors, arrays and numbers as JSON has them."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def loop_by_position(ax, matrix, title: str, label: str, **imshow):
+    """A heat map with loops (from 1) up the left and positions (from 1) along the bottom; returns the image."""
+    matrix = np.asarray(matrix)
+    image = ax.imshow(matrix, origin="lower", aspect="auto", interpolation="nearest", extent=(0.5, matrix.shape[1] + 0.5, 0.5, matrix.shape[0] + 0.5), **imshow)
+    ax.set(title=title, xlabel="position", ylabel="loop")
+    ax.grid(False)
+    ax.figure.colorbar(image, ax=ax, label=label)
+    return image

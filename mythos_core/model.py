@@ -1,0 +1,190 @@
+"""OpenMythos: prelude, looped block, coda; generation; weights in and out."""
+import json
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn as nn
+from huggingface_hub import PyTorchModelHubMixin
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mythos_core.attention import Context
+from mythos_core.cache import KVCache
+from mythos_core.config import MythosConfig
+from mythos_core.layers import NORM_EPS
+from mythos_core.moe import MoE
+from mythos_core.recurrence import Observer, RecurrentBlock, TransformerBlock
+
+PRETRAINED = Path(__file__).parent / "pretrained"
+
+
+class OpenMythos(nn.Module, PyTorchModelHubMixin):
+    """A recurrent-depth transformer.
+
+        e = prelude(embed(ids));  h_0 = e;  h_{t+1} = A * h_t + B * e + block(norm(h_t + e + ...))   for t = 0 .. T - 1
+        logits = head(norm(coda(ACT-weighted sum of h_1 .. h_T)))           # coda(h_T) with halting off
+
+    The head's weight is the embedding's. Same weights, any T: depth is chosen at each call.
+    """
+
+    def __init__(self, config: MythosConfig):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        self.prelude = nn.ModuleList(TransformerBlock(config) for _ in range(config.prelude_layers))
+        self.recurrent = RecurrentBlock(config)
+        self.coda = nn.ModuleList(TransformerBlock(config) for _ in range(config.coda_layers))
+        self.norm = nn.RMSNorm(config.dim, NORM_EPS)
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.head.weight = self.embed.weight
+        self._init_weights()
+
+    def _init_weights(self):
+        """Every matrix ~ N(0, init_std^2); vectors keep what their module gave them."""
+        for parameter in self.parameters():
+            if parameter.dim() >= 2:
+                nn.init.normal_(parameter, std=self.config.init_std)
+
+    def forward(self, ids: Tensor, n_loops: int | None = None, kv_cache: KVCache | None = None,
+                observer: Observer | None = None) -> Float[Tensor, "batch seq vocab"]:
+        """Logits of the next token at each position.
+
+        Args:
+            ids: (B, S) int64 tokens. Behind what `kv_cache` holds, if given: positions continue there.
+            n_loops: T >= 1; default max_loop_iters. With one cache, the same at every call.
+            kv_cache: filled in place; a cached pass is inference and records no gradient.
+            observer: called with a `LoopRecord` after each loop that ran.
+
+        Raises:
+            ValueError: before any work, the cache untouched, naming the argument, its value and what is allowed.
+        """
+        n_loops = self.config.max_loop_iters if n_loops is None else n_loops
+        self._check(ids, n_loops, kv_cache)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and kv_cache is None):
+            ctx = self.context(ids, kv_cache)
+            logits = self.decode(self.recurrent(self.encode(ids, ctx), n_loops, ctx, observer), ctx)
+        if kv_cache is not None:
+            kv_cache.advance(ids.shape[1])
+        return logits
+
+    def context(self, ids: Int[Tensor, "batch seq"], kv_cache: KVCache | None = None) -> Context:
+        """What the layers of one pass over `ids` share."""
+        return Context.of(self.config, *ids.shape, kv_cache, like=self.embed.weight)
+
+    def encode(self, ids: Int[Tensor, "batch seq"], ctx: Context) -> Float[Tensor, "batch seq dim"]:
+        """e = prelude(embed(ids))."""
+        x = self.embed(ids)
+        for i, block in enumerate(self.prelude):
+            x, _ = block(x, ctx, f"prelude.{i}")
+        return x
+
+    def decode(self, output: Float[Tensor, "batch seq dim"], ctx: Context) -> Float[Tensor, "batch seq vocab"]:
+        """head(norm(coda(output)))."""
+        for i, block in enumerate(self.coda):
+            output, _ = block(output, ctx, f"coda.{i}")
+        return self.head(self.norm(output))
+
+    def balance(self):
+        """Update the experts' routing bias; called once after each optimiser step."""
+        for module in self.modules():
+            if isinstance(module, MoE):
+                module.balance()
+
+    @torch.no_grad()
+    def generate(self, ids: Tensor, max_new_tokens: int = 64, n_loops: int = 8, temperature: float = 1.0, top_k: int = 50,
+                 generator: torch.Generator | None = None, use_cache: bool = True) -> Int[Tensor, "batch longer"]:
+        """`ids` (B, S) continued by `max_new_tokens` sampled tokens: (B, S + max_new_tokens).
+
+        Args:
+            n_loops: loops for every token.
+            temperature: divides the logits; 0 = the most likely token.
+            top_k: sample among that many most likely tokens; 0 or more than vocab_size = among all.
+            generator: source of randomness; default torch's own.
+            use_cache: False recomputes every token from scratch; slower, same tokens.
+        """
+        self._check(ids, n_loops, None)
+        limits = self.config
+        _require(1 <= max_new_tokens <= limits.max_output_tokens, "max_new_tokens", max_new_tokens, f"in 1 .. max_output_tokens = {limits.max_output_tokens}")
+        _require(ids.shape[1] + max_new_tokens <= limits.max_seq_len, "ids.shape[1] + max_new_tokens", ids.shape[1] + max_new_tokens,
+                 f"at most max_seq_len = {limits.max_seq_len}")
+        _require(temperature >= 0, "temperature", temperature, "0 or more")
+        _require(top_k >= 0, "top_k", top_k, "0 or more")
+        cache = KVCache(ids.shape[1] + max_new_tokens) if use_cache else None
+        for _ in range(max_new_tokens):
+            new = ids[:, cache.length:] if use_cache else ids
+            logits = self(new, n_loops, cache)[:, -1].float()                               # (B, vocab)
+            ids = torch.cat([ids, _sample(logits, temperature, top_k, generator)], 1)
+        return ids
+
+    def _check(self, ids, n_loops, kv_cache):
+        vocab, start = self.config.vocab_size, kv_cache.length if kv_cache is not None else 0
+        _require(isinstance(n_loops, int) and n_loops >= 1, "n_loops", n_loops, "an integer, at least 1")
+        _require(ids.dim() == 2 and ids.numel() > 0, "ids.shape", tuple(ids.shape), "(batch, seq), neither of them 0")
+        _require(ids.dtype == torch.int64, "ids.dtype", ids.dtype, "torch.int64")
+        low, high = (int(x) for x in ids.aminmax())
+        _require(low >= 0 and high < vocab, "ids", f"tokens {low} .. {high}", f"in 0 .. vocab_size - 1 = {vocab - 1}")
+        _require(start + ids.shape[1] <= self.config.max_seq_len, "sequence length", start + ids.shape[1], f"at most max_seq_len = {self.config.max_seq_len}")
+        if kv_cache is not None:
+            kv_cache.begin(config=self.config, batch=len(ids), n_loops=n_loops, dtype=self.embed.weight.dtype, device=ids.device)
+
+    @classmethod
+    def from_pretrained(cls, name_or_dir, *, map_location="cpu", **hub) -> "OpenMythos":
+        """A model in eval mode: one that ships with the package (by name), `save_pretrained`'s directory, or a hub id.
+
+        Args:
+            map_location: device to load to.
+            hub: for a hub id, the options of huggingface_hub's download.
+
+        Raises:
+            ValueError: for a name that is none of these.
+            FileNotFoundError, OSError: naming the file that is missing or damaged, and what is wrong with it.
+        """
+        path = PRETRAINED / name_or_dir if str(name_or_dir) in shipped() else Path(name_or_dir)
+        if path.is_dir():
+            return cls._load(path, map_location)
+        if str(name_or_dir).count("/") != 1 or path.is_absolute():
+            raise ValueError(f"name_or_dir = {str(name_or_dir)!r}: must be a directory, a hub id 'owner/name', or one of {shipped()}")
+        return super().from_pretrained(str(name_or_dir), map_location=map_location, strict=True, **hub)
+
+    @classmethod
+    def _load(cls, folder: Path, map_location) -> "OpenMythos":
+        model, file = cls(read_config(folder / "config.json")), folder / "model.safetensors"
+        try:
+            safetensors.torch.load_model(model, file, device=str(map_location))
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{file}: missing; a model directory holds config.json and model.safetensors") from None
+        except (safetensors.SafetensorError, RuntimeError) as error:
+            raise OSError(f"{file}: damaged, or not the weights of its config.json: {error}") from error
+        return model.to(map_location).eval()
+
+
+def read_config(file: Path) -> MythosConfig:
+    """The MythosConfig in a config.json; keys that are not fields (provenance) are left out."""
+    try:
+        values = json.loads(file.read_text())
+        return MythosConfig(**{k: v for k, v in values.items() if k in MythosConfig.__dataclass_fields__})
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file}: missing; a model directory holds config.json and model.safetensors") from None
+    except (json.JSONDecodeError, ValueError, AttributeError) as error:
+        raise OSError(f"{file}: not a model configuration: {error}") from error
+
+
+def shipped() -> list[str]:
+    """Names of the models that come with the package."""
+    return sorted(path.parent.name for path in PRETRAINED.glob("*/model.safetensors"))
+
+
+def _require(holds, name, value, rule):
+    if not holds:
+        raise ValueError(f"{name} = {value}: must be {rule}")
+
+
+def _sample(logits, temperature, top_k, generator):
+    """One token a row, (B, 1)."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    top_k = min(top_k, logits.shape[-1]) or logits.shape[-1]
+    top, tokens = (logits / temperature).topk(top_k, -1)
+    return tokens.gather(-1, torch.multinomial(top.softmax(-1), 1, generator=generator))

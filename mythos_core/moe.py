@@ -1,0 +1,72 @@
+"""Mixture of experts: softmax router, top-k with renormalised gates, grouped SwiGLU experts, shared experts, load balance."""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mythos_core.config import MythosConfig
+from mythos_core.layers import SwiGLU
+
+DENSE_UP_TO = 4  # experts per active expert up to which computing all of them beats sorting tokens
+
+
+class MoE(nn.Module):
+    """sum_{i in top-k} g_i * expert_i(x) + sum_s shared_s(x)   (DeepSeekMoE, Dai et al. 2024).
+
+    With router logits z: the k experts with the largest z + bias are chosen, and g = softmax(z) over all experts,
+    renormalised over the chosen ones. `bias` balances the load without an auxiliary loss (Wang et al. 2024,
+    DeepSeek-V3): it shifts the choice only, so it enters neither the gates nor the gradient, and `balance`, called once
+    an optimiser step, moves it by `balance_rate` against the sign of each expert's load error.
+
+    Attributes:
+        router_bias: (n_experts,) the bias, saved with the weights.
+        load: (n_experts,) choices counted in training since the last `balance`; not saved.
+    """
+
+    def __init__(self, config: MythosConfig):
+        super().__init__()
+        c = self.config = config
+        self.router = nn.Linear(c.dim, c.n_experts, bias=False)
+        self.gate_up = nn.Parameter(torch.empty(c.n_experts, 2 * c.expert_dim, c.dim))
+        self.down = nn.Parameter(torch.empty(c.n_experts, c.expert_dim, c.dim))
+        self.shared = nn.ModuleList(SwiGLU(c.dim, c.n_experts_per_tok * c.expert_dim) for _ in range(c.n_shared_experts))
+        self.register_buffer("router_bias", torch.zeros(c.n_experts))
+        self.register_buffer("load", torch.zeros(c.n_experts), persistent=False)
+
+    def forward(self, x: Float[Tensor, "batch seq dim"]) -> tuple[Float[Tensor, "batch seq dim"], Int[Tensor, "batch seq k"]]:
+        """The mixture and the experts chosen, each token's k in falling order of z + bias."""
+        c, tokens = self.config, x.flatten(0, 1)                                            # (N, dim)
+        logits = self.router(tokens)
+        ids = (logits + self.router_bias).topk(c.n_experts_per_tok, -1).indices             # (N, k)
+        gates = logits.gather(-1, ids).softmax(-1)               # softmax over the chosen = softmax over all, renormalised
+        if self.training and c.balance_rate:
+            self.load += ids.flatten().bincount(minlength=c.n_experts)
+        few = c.n_experts <= DENSE_UP_TO * c.n_experts_per_tok
+        out = self._dense(tokens, ids, gates) if few else self._grouped(tokens, ids, gates)
+        for expert in self.shared:
+            out = out + expert(tokens)
+        return out.view_as(x), ids.view(*x.shape[:-1], -1)
+
+    def _dense(self, x, ids, gates):
+        """Every expert on every token, the gates of those not chosen being 0: two large products."""
+        weight = gates.new_zeros(len(x), self.config.n_experts).scatter(-1, ids, gates)
+        gate, up = F.linear(x, self.gate_up.flatten(0, 1)).unflatten(-1, (self.config.n_experts, -1)).chunk(2, -1)
+        hidden = F.silu(gate) * up * weight.unsqueeze(-1)                                   # (N, E, expert_dim)
+        return hidden.flatten(1) @ self.down.flatten(0, 1)
+
+    def _grouped(self, x, ids, gates):
+        """Token copies sorted by expert, then one grouped product a matrix: only the chosen experts are computed."""
+        order = ids.flatten().argsort(stable=True)
+        token = order // self.config.n_experts_per_tok
+        ends = ids.flatten().bincount(minlength=self.config.n_experts).cumsum(0).int()
+        gate_up, down = self.gate_up.to(x.dtype), self.down.to(x.dtype)
+        gate, up = F.grouped_mm(x[token], gate_up.transpose(1, 2), offs=ends).chunk(2, -1)
+        hidden = F.silu(gate) * up * gates.flatten()[order].unsqueeze(-1)                   # (N k, expert_dim)
+        return torch.zeros_like(x).index_add(0, token, F.grouped_mm(hidden.to(x.dtype), down, offs=ends))
+
+    @torch.no_grad()
+    def balance(self):
+        """bias_i += balance_rate * sign(mean load - load_i), then count anew."""
+        self.router_bias += self.config.balance_rate * (self.load.mean() - self.load).sign()
+        self.load.zero_()

@@ -1,0 +1,176 @@
+"""The looped part: h_{t+1} = A * h_t + B * e + block(norm(h_t + loop_embedding(t) + e)), with LoRA, token shift and ACT."""
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mythos_core.attention import GQA, MLA, Context
+from mythos_core.config import MythosConfig
+from mythos_core.layers import NORM_EPS, SwiGLU
+from mythos_core.moe import MoE
+
+
+@dataclass(frozen=True)
+class LoopRecord:
+    """What an observer is told after each loop that ran."""
+
+    loop: int                                                    # t, from 0
+    h: Float[Tensor, "batch seq dim"]                            # h_{t+1}
+    output: Float[Tensor, "batch seq dim"]                       # what the coda would read if this loop were the last
+    expert_ids: Int[Tensor, "batch seq k"]                       # experts chosen
+    halt_probability: Float[Tensor, "batch seq"] | None = None   # sigma(halt(h)); None with halting off
+    halt_weight: Float[Tensor, "batch seq"] | None = None        # weight of h in the output
+
+
+Observer = Callable[[LoopRecord], None]
+
+
+class TransformerBlock(nn.Module):
+    """x + attention(norm(x)), then x + ffn(norm(x)). The ffn is a MoE in the loop, SwiGLU of width 4/3 dim outside."""
+
+    def __init__(self, config: MythosConfig, moe: bool = False):
+        super().__init__()
+        self.attn_norm, self.ffn_norm = nn.RMSNorm(config.dim, NORM_EPS), nn.RMSNorm(config.dim, NORM_EPS)
+        self.attn = (GQA if config.attn_type == "gqa" else MLA)(config)
+        self.ffn = MoE(config) if moe else SwiGLU(config.dim, config.dim * 4 // 3)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x: Float[Tensor, "batch seq dim"], ctx: Context, layer: str):
+        """The block's output, and the experts chosen if its ffn is a MoE (else None)."""
+        x = x + self.drop(self.attn(self.attn_norm(x), ctx, layer))
+        out, expert_ids = self.ffn(self.ffn_norm(x)) if isinstance(self.ffn, MoE) else (self.ffn(self.ffn_norm(x)), None)
+        return x + self.drop(out), expert_ids
+
+
+class LTIInjection(nn.Module):
+    """A * h + B * e + out, with A = exp(-exp(log_dt + log_A)) a diagonal in (0, 1): the zero-order hold of a stable
+    linear system (Parcae, Prairie et al. 2026)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.log_A, self.log_dt = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(1))
+        self.B = nn.Parameter(torch.full((dim,), 0.1))
+
+    def get_A(self) -> Float[Tensor, "dim"]:
+        """A, strictly in (0, 1) in the parameters' own dtype.
+
+        The formula is in (0, 1) for real numbers only: exp(-exp(5)) is 0 in float32 and exp(-exp(-6)) is 1 in bfloat16. So
+        the exponent is held in [-15, 4], where the exact value is between 1.9e-24 and 1 - 3.1e-7, and the result below the
+        last number under 1 of the dtype.
+        """
+        dtype = self.log_A.dtype
+        exponent = (self.log_dt.float() + self.log_A.float()).clamp(-15, 4)
+        A = torch.exp(-torch.exp(exponent))
+        return A.clamp(torch.finfo(dtype).tiny, 1 - torch.finfo(dtype).eps / 2).to(dtype)
+
+    def forward(self, h: Float[Tensor, "batch seq dim"], e: Float[Tensor, "batch seq dim"], out: Float[Tensor, "batch seq dim"]):
+        return self.get_A() * h + self.B * e + out
+
+
+class LoopLoRA(nn.Module):
+    """out + (down(out) * scale[t]) B: a low-rank change shared by all loops, scaled for each loop (Bae et al. 2024).
+
+    Loops past the table use its last row.
+    """
+
+    def __init__(self, dim: int, rank: int, max_loops: int):
+        super().__init__()
+        self.down = nn.Linear(dim, rank, bias=False)
+        self.scale = nn.Embedding(max_loops, rank)
+        self.B = nn.Parameter(torch.empty(rank, dim))
+
+    def forward(self, out: Float[Tensor, "batch seq dim"], t: int) -> Float[Tensor, "batch seq dim"]:
+        scale = self.scale.weight[min(t, self.scale.num_embeddings - 1)]
+        return out + (self.down(out) * scale) @ self.B
+
+
+class ACTHalting(nn.Module):
+    """Adaptive computation time (Graves 2016): position by position, loop t weighs h_t by p_t = sigma(halt(h_t)) until the
+    sum of p reaches the threshold; the loop that crosses it weighs 1 minus the sum so far, and later ones nothing.
+
+    A position that never crosses keeps weights that sum to less than 1 ("act", as in open-mythos) or gives what is left
+    to the last loop ("act_remainder", as in Graves' paper).
+    """
+
+    def __init__(self, config: MythosConfig):
+        super().__init__()
+        self.halt = nn.Linear(config.dim, 1)
+        self.threshold, self.remainder = config.act_threshold, config.halting == "act_remainder"
+
+    def forward(self, h: Float[Tensor, "batch seq dim"], total: Float[Tensor, "batch seq"]):
+        """p, the weight of this loop, what a last loop here would get on top of it, and the sum of p after it; each (B, S).
+
+        `total` is the sum of p before this loop.
+        """
+        p = torch.sigmoid(self.halt(h)).squeeze(-1).float()
+        running = total < self.threshold
+        weight = torch.where(total + p >= self.threshold, (1 - total).clamp(min=0), p) * running
+        total = total + p * running
+        left = (1 - total) * (total < self.threshold) * self.remainder
+        return p, weight, left, total
+
+
+def loop_embedding(t: int, dim: int, like: Tensor) -> Float[Tensor, "dim"]:
+    """sin and cos of t * 10000^(-2i / width) on the first width = dim // 8 channels, 0 on the others."""
+    width = dim // 8
+    angle = t / 10000.0 ** (torch.arange(0, width, 2, device=like.device, dtype=like.dtype) / width)
+    emb = torch.cat([angle.sin(), angle.cos()])[:width]
+    return torch.cat([emb, emb.new_zeros(dim - width)])
+
+
+class RecurrentBlock(nn.Module):
+    """One transformer block with shared weights, looped."""
+
+    def __init__(self, config: MythosConfig):
+        super().__init__()
+        self.config = config
+        self.norm, self.block = nn.RMSNorm(config.dim, NORM_EPS), TransformerBlock(config, moe=True)
+        self.injection = LTIInjection(config.dim)
+        self.lora = LoopLoRA(config.dim, config.lora_rank, config.max_loop_iters) if config.lora_rank else None
+        self.act = ACTHalting(config) if config.halting != "none" else None
+
+    def step(self, h: Float[Tensor, "batch seq dim"], e: Float[Tensor, "batch seq dim"], t: int, ctx: Context):
+        """One loop: h_t -> (h_{t+1}, experts chosen)."""
+        z = h + e
+        if self.config.loop_embedding:
+            z = z + loop_embedding(t, self.config.dim, h)
+        z = self.norm(z)
+        if self.config.token_shift:
+            z = self._shift(z, ctx, f"loop.{t}")
+        if self.training and self.config.loop_noise:
+            z = z + self.config.loop_noise * torch.randn_like(z)
+        out, expert_ids = self.block(z, ctx, f"loop.{t}")
+        if self.lora is not None:
+            out = self.lora(out, t)
+        return self.injection(h, e, out), expert_ids
+
+    def _shift(self, z, ctx, layer):
+        """The second half of the channels, from the position before (zeros before the first)."""
+        here, there = z.chunk(2, -1)
+        before = ctx.remember(layer, "shift", there, keep=1)                                # (B, S or S + 1, dim / 2)
+        before = nn.functional.pad(before, (0, 0, z.shape[1] + 1 - before.shape[1], 0))[:, :-1]
+        return torch.cat([here, before], -1)
+
+    def forward(self, e: Float[Tensor, "batch seq dim"], n_loops: int, ctx: Context, observer: Observer | None = None):
+        """The ACT-weighted sum of h_1 .. h_T, or h_T with halting off; both (B, S, dim).
+
+        Without a cache the loop ends when every position has halted, which changes no output. With one, every loop runs:
+        a later token may loop longer, and then reads what these positions left at every loop.
+        """
+        h, weighted, total = e, torch.zeros_like(e), e.new_zeros(e.shape[:2], dtype=torch.float32)
+        for t in range(n_loops):
+            h, expert_ids = self.step(h, e, t, ctx)
+            output, p, weight = h, None, None
+            if self.act is not None:
+                p, weight, left, total = self.act(h, total)
+                weighted = weighted + weight.unsqueeze(-1).to(h.dtype) * h
+                output = weighted + left.unsqueeze(-1).to(h.dtype) * h
+                weight = weight + left if t == n_loops - 1 else weight
+            if observer is not None:
+                observer(LoopRecord(t, h, output, expert_ids, p, weight))
+            if self.act is not None and ctx.cache is None and bool((total >= self.act.threshold).all()):
+                break
+        return output

@@ -1,0 +1,246 @@
+"""Recipes, and training by them: with progress, interruptible, resumable to the same bits.
+
+    python -m mythos_core.training --recipe parity-extrapolating --seed 0 --out build/run
+"""
+import argparse
+import json
+import os
+import subprocess
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import safetensors
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mythos_core.config import MythosConfig, parity_config
+from mythos_core.model import OpenMythos
+from mythos_core.parity import make_batch
+
+SAVE_EVERY = 100  # steps between checkpoints
+EVAL_EVERY = 50   # steps between looks at held-out strings
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained on prefix parity: AdamW, one batch of one length and one number of loops a step."""
+
+    name: str
+    config: MythosConfig
+    steps: int = 600
+    batch: int = 64
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.01
+    clip: float = 1.0                       # largest gradient norm
+    warmup: int = 0                         # steps over which the learning rate rises to lr
+    decay: float = 0.0                      # last fraction of the steps, over which it falls to 0.01 lr
+    lengths: tuple[int, int] = (24, 24)     # shortest and longest string; a length is drawn uniformly for each step
+    curriculum: float = 0.0                 # first fraction of the steps, over which the longest length grows from 3
+    loops: tuple[int, int] = (3, 3)         # fewest and most loops, drawn uniformly, but at most length + 4
+    strings: str = "uniform"                # of `parity.make_batch`
+    reachable_only: bool = False            # score only the first min(length, loops) positions: what the loops can reach
+
+
+RECIPES = {recipe.name: recipe for recipe in (
+    Recipe("parity-seed", parity_config()),
+    Recipe("parity-extrapolating",
+           parity_config(vocab_size=4, max_seq_len=4096, halting="none", loop_embedding=False, lora_rank=0, window=4, token_shift=True,
+                         init_std=64 ** -0.5, loop_noise=0.1),
+           lr=2e-3, betas=(0.9, 0.98), warmup=50, decay=0.4, lengths=(2, 16), curriculum=0.4, loops=(1, 16), strings="mixed",
+           reachable_only=True),
+)}
+
+
+def get_recipe(name: str) -> Recipe:
+    """The recipe of that name; ValueError listing the names there are."""
+    if name not in RECIPES:
+        raise ValueError(f"recipe = {name!r}: must be one of {sorted(RECIPES)}")
+    return RECIPES[name]
+
+
+@dataclass
+class Run:
+    """A training run: the model, and one row a step: step, loss, accuracy (token, on scored positions of the batch), seconds
+    since the start, and at every 50th step and the last `held_out`: whole-string accuracy on 256 fresh uniform strings
+    of the longest length at the most loops."""
+
+    recipe: Recipe
+    seed: int
+    model: OpenMythos
+    history: list[dict] = field(default_factory=list)
+
+
+def train(recipe: Recipe | str, seed: int = 0, device=None, progress: bool = True, out=None, resume: bool = False) -> Run:
+    """Train a model by a recipe, or by the name of one.
+
+    All randomness of step i comes from (seed, i), so that a resumed run is the uninterrupted one, bit for bit.
+
+    Args:
+        out: folder for checkpoint.safetensors (every 100 steps, at Ctrl-C, at the end), and at the end for
+            the model, as `save_pretrained` writes it, and history.json.
+        resume: go on from `out`'s checkpoint, if there is one.
+
+    Raises:
+        FloatingPointError: the loss is not finite; names the step, and the last good checkpoint stays.
+        ValueError: unknown recipe, or a checkpoint of another recipe or seed.
+    """
+    recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
+    checkpoint = Path(out) / "checkpoint.safetensors" if out else None
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        run = Run(recipe, seed, OpenMythos(recipe.config).to(device))
+        optimizer = torch.optim.AdamW(run.model.parameters(), recipe.lr, recipe.betas, weight_decay=recipe.weight_decay, fused=True)
+        if resume and checkpoint and checkpoint.exists():
+            _load(checkpoint, run, optimizer)
+        try:
+            _loop(run, optimizer, checkpoint, progress)
+        except KeyboardInterrupt:
+            if checkpoint:
+                _save(checkpoint, run, optimizer)
+            raise
+    if out:
+        _save(checkpoint, run, optimizer)
+        run.model.save_pretrained(out, config={**asdict(recipe.config), "provenance": provenance(run)})
+        Path(out, "history.json").write_text(json.dumps(run.history))
+    return run
+
+
+def provenance(run: Run) -> dict:
+    """Where a model comes from: the command that trains it again, the commit it was trained at, and what it reached."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "command": f"python -m mythos_core.training --recipe {run.recipe.name} --seed {run.seed} --out DIR",
+        "recipe": asdict(run.recipe) | {"config": "the fields beside this one"}, "seed": run.seed, "commit": commit or None, "torch": torch.__version__,
+        "metrics": {name: run.history[-1][name] for name in ("loss", "accuracy", "held_out")}}
+
+
+def _loop(run: Run, optimizer, checkpoint, progress):
+    recipe, before = run.recipe, run.history[-1]["seconds"] if run.history else 0.0
+    start, shown = time.perf_counter() - before, {}
+    with tqdm(total=recipe.steps, initial=len(run.history), desc=f"{recipe.name} seed {run.seed}", disable=not progress) as bar:
+        for step in range(len(run.history), recipe.steps):
+            torch.manual_seed(_step_seed(run.seed, step))
+            row = {"step": step, **_step(run.model, optimizer, recipe, step)}
+            if (step + 1) % EVAL_EVERY == 0 or step + 1 == recipe.steps:
+                row["held_out"] = held_out(run.model, recipe)
+                shown["whole"] = f"{row['held_out']:.2f}"
+            run.history.append({**row, "seconds": time.perf_counter() - start})
+            bar.set_postfix(loss=f"{row['loss']:.4f}", acc=f"{row['accuracy']:.2f}", **shown, refresh=False)
+            bar.update()
+            if checkpoint and (step + 1) % SAVE_EVERY == 0:
+                _save(checkpoint, run, optimizer)
+    run.model.eval()
+
+
+def _step_seed(seed: int, step: int) -> int:
+    return (seed * 1_000_003 + step + 1) % 2 ** 32
+
+
+def _step(model, optimizer, recipe, step) -> dict:
+    """One optimiser step; its loss and token accuracy."""
+    model.train()
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(recipe, step)
+    length, n_loops = draw(recipe, step)
+    ids, targets = make_batch(recipe.batch, length, strings=recipe.strings, device=model.embed.weight.device)
+    scored = min(length, n_loops) if recipe.reachable_only else length
+    logits, targets = model(ids, n_loops)[:, :scored].flatten(0, 1), targets[:, :scored].flatten()
+    loss = F.cross_entropy(logits, targets)
+    if not torch.isfinite(loss):
+        raise FloatingPointError(f"loss = {loss.item()} at step {step} of recipe {recipe.name}")
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+    optimizer.step()
+    model.balance()
+    return {"loss": loss.item(), "accuracy": (logits.argmax(-1) == targets).float().mean().item()}
+
+
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """Linear warm-up, constant, linear decay."""
+    rise = min(1.0, (step + 1) / recipe.warmup) if recipe.warmup else 1.0
+    fall = min(1.0, (1 - step / recipe.steps) / recipe.decay + 0.01) if recipe.decay else 1.0
+    return recipe.lr * rise * fall
+
+
+def draw(recipe: Recipe, step: int) -> tuple[int, int]:
+    """String length and loops of a step, from torch's default generator."""
+    (shortest, longest), (fewest, most) = recipe.lengths, recipe.loops
+    if recipe.curriculum:
+        longest = max(3, min(longest, int(3 + step / recipe.steps / recipe.curriculum * longest)))
+    length = int(torch.randint(shortest, longest + 1, ()))
+    return length, int(torch.randint(fewest, max(fewest, min(most, length + 4)) + 1, ()))
+
+
+@torch.no_grad()
+def held_out(model: OpenMythos, recipe: Recipe, batch: int = 256) -> float:
+    """Whole-string accuracy on fresh uniform strings of the longest trained length, at the most trained loops."""
+    generator = torch.Generator().manual_seed(2 ** 32 - 1)   # no training step has this seed
+    ids, targets = make_batch(batch, recipe.lengths[1], generator, model.embed.weight.device)
+    return (model.eval()(ids, recipe.loops[1]).argmax(-1) == targets).all(1).float().mean().item()
+
+
+def _tensors(run: Run, optimizer) -> dict[str, Tensor]:
+    """Everything that changes in training, by name; the same storage, so that loading can copy in place."""
+    tensors = {f"model.{k}": v for k, v in run.model.state_dict().items() if k != "head.weight"}
+    for i, parameter in enumerate(run.model.parameters()):
+        tensors.update({f"adamw.{i}.{k}": v for k, v in optimizer.state[parameter].items()})
+    return tensors
+
+
+def _save(checkpoint: Path, run: Run, optimizer):
+    """Written beside, then renamed: a checkpoint is whole or not there."""
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    about = {"recipe": json.dumps(asdict(run.recipe)), "seed": str(run.seed), "history": json.dumps(run.history)}
+    save_file(_tensors(run, optimizer), checkpoint.with_suffix(".tmp"), metadata=about)
+    os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+
+
+def _load(checkpoint: Path, run: Run, optimizer):
+    try:
+        saved = load_file(checkpoint)
+        with safetensors.safe_open(checkpoint, "pt") as file:
+            about = file.metadata()
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{checkpoint}: damaged: {error}") from error
+    wanted = {"recipe": json.dumps(asdict(run.recipe)), "seed": str(run.seed)}
+    for name, value in wanted.items():
+        if about[name] != value:
+            raise ValueError(f"{checkpoint} is of {name} {about[name]}, not {value}: choose another folder, or do not resume")
+    for parameter in run.model.parameters():
+        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
+    with torch.no_grad():
+        for name, tensor in _tensors(run, optimizer).items():
+            tensor.copy_(saved[name])
+    run.history = json.loads(about["history"])
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m mythos_core.training", description="Train a recipe from scratch.")
+    parser.add_argument("--recipe", required=True, help=f"one of {sorted(RECIPES)}")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="instead of the recipe's own number")
+    parser.add_argument("--device")
+    parser.add_argument("--out", required=True, help="folder for checkpoint, weights and history")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    args = parser.parse_args(argv)
+    try:
+        recipe = get_recipe(args.recipe)
+        recipe = replace(recipe, steps=args.steps) if args.steps else recipe
+        run = train(recipe, args.seed, args.device, out=args.out, resume=args.resume)
+    except (ValueError, OSError, FloatingPointError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"\nstopped; go on with --resume (checkpoint in {args.out})\n")
+    last = run.history[-1]
+    print(f"{recipe.name}, seed {args.seed}: loss {last['loss']:.5f}, whole strings {last['held_out']:.3f}, {last['seconds']:.1f} s; weights in {args.out}")
+
+
+if __name__ == "__main__":
+    main()
