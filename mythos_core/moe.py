@@ -11,6 +11,16 @@ from mythos_core.layers import SwiGLU
 DENSE_UP_TO = 4  # experts per active expert up to which computing all of them beats sorting tokens
 
 
+def _has_grouped_product(x: Tensor) -> bool:
+    return x.dtype != torch.float64 and x.device.type in ("cpu", "cuda")
+
+
+def _count(ids: Tensor, n_experts: int) -> Int[Tensor, "experts"]:
+    """How often each expert occurs; as `bincount`, which CUDA does not make deterministic and `torch.compile` cannot trace."""
+    ids = ids.flatten()
+    return ids.new_zeros(n_experts).index_add(0, ids, torch.ones_like(ids))
+
+
 class MoE(nn.Module):
     """sum_{i in top-k} g_i * expert_i(x) + sum_s shared_s(x)   (DeepSeekMoE, Dai et al. 2024).
 
@@ -41,9 +51,9 @@ class MoE(nn.Module):
         ids = (logits + self.router_bias).topk(c.n_experts_per_tok, -1).indices             # (N, k)
         gates = logits.gather(-1, ids).softmax(-1)               # softmax over the chosen = softmax over all, renormalised
         if self.training and c.balance_rate:
-            self.load += ids.flatten().bincount(minlength=c.n_experts)
-        few = c.n_experts <= DENSE_UP_TO * c.n_experts_per_tok
-        out = self._dense(tokens, ids, gates) if few else self._grouped(tokens, ids, gates)
+            self.load += _count(ids, c.n_experts)
+        dense = c.n_experts <= DENSE_UP_TO * c.n_experts_per_tok or not _has_grouped_product(tokens)
+        out = self._dense(tokens, ids, gates) if dense else self._grouped(tokens, ids, gates)
         for expert in self.shared:
             out = out + expert(tokens)
         return out.view_as(x), ids.view(*x.shape[:-1], -1)
@@ -59,8 +69,8 @@ class MoE(nn.Module):
         """Token copies sorted by expert, then one grouped product a matrix: only the chosen experts are computed."""
         order = ids.flatten().argsort(stable=True)
         token = order // self.config.n_experts_per_tok
-        ends = ids.flatten().bincount(minlength=self.config.n_experts).cumsum(0).int()
-        gate_up, down = self.gate_up.to(x.dtype), self.down.to(x.dtype)
+        ends = _count(ids, self.config.n_experts).cumsum(0, dtype=torch.int32)
+        gate_up, down = self.gate_up.to(x.dtype), self.down.to(x.dtype)                     # autocast does not know this product
         gate, up = F.grouped_mm(x[token], gate_up.transpose(1, 2), offs=ends).chunk(2, -1)
         hidden = F.silu(gate) * up * gates.flatten()[order].unsqueeze(-1)                   # (N k, expert_dim)
         return torch.zeros_like(x).index_add(0, token, F.grouped_mm(hidden.to(x.dtype), down, offs=ends))

@@ -121,15 +121,19 @@ def expert_load(model: OpenMythos, ids: Int[Tensor, "batch seq"], n_loops: int) 
     return torch.stack(loads)
 
 
+def _by_expert(load: Tensor) -> Float[Tensor, "experts"]:
+    return load.reshape(-1, load.shape[-1]).sum(0).double()
+
+
 def load_entropy(load: Tensor) -> float:
     """Entropy of the shares of slots by expert, over its largest value log(n_experts): 1 = even, 0 = one expert gets all."""
-    share = load.flatten(0, -2).sum(0).double() / load.sum()
+    share = _by_expert(load) / load.sum()
     return float(torch.special.entr(share).sum() / torch.tensor(len(share)).log())
 
 
 def max_violation(load: Tensor) -> float:
     """max_i load_i / mean load - 1, the MaxVio of Wang et al. 2024: 0 = even."""
-    total = load.flatten(0, -2).sum(0).double()
+    total = _by_expert(load)
     return float(total.max() / total.mean() - 1)
 
 

@@ -1,0 +1,46 @@
+"""Shapes named in signatures are checked at run time in every test; the peer package is loaded by its file."""
+import importlib.util
+from dataclasses import fields
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+install_import_hook("mythos_core", "beartype.beartype")
+
+from mythos_core import MythosConfig  # noqa: E402
+from mythos_core.config import tutorial_config  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def reference():
+    """main.py of open-mythos 0.5.0, without importing the package and what it pulls in."""
+    package = importlib.util.find_spec("open_mythos")
+    spec = importlib.util.spec_from_file_location("open_mythos_main", package.submodule_search_locations[0] + "/main.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def reference_model(reference):
+    """A reference model with our config's hyper-parameters; its weights at `std`, so that logits are not all alike."""
+    def make(config: MythosConfig, std: float = 0.02):
+        model = reference.OpenMythos(reference.MythosConfig(**{f.name: getattr(config, f.name) for f in fields(reference.MythosConfig)}))
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=std)
+        return model
+    return make
+
+
+def tiny(attn_type: str = "gqa", **changes) -> MythosConfig:
+    """A config small enough for hundreds of forward passes."""
+    small = dict(vocab_size=17, dim=32, max_seq_len=64, max_loop_iters=4, kv_lora_rank=8, q_lora_rank=12, qk_rope_head_dim=4,
+                 qk_nope_head_dim=6, v_head_dim=5, expert_dim=16, lora_rank=2, init_std=0.1)
+    return tutorial_config(attn_type, **{**small, **changes})

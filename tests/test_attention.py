@@ -1,0 +1,91 @@
+import math
+
+import pytest
+import torch
+from conftest import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mythos_core import KVCache
+from mythos_core.attention import BLOCK, GQA, MLA, Context, attend
+from mythos_core.layers import rope_table, rotate
+
+X = torch.randn(2, 11, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def context(config, x):
+    return Context.of(config, *x.shape[:2], None, x)
+
+
+def make(kind, config):
+    layer = kind(config).double()
+    for parameter in layer.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return layer
+
+
+def plain_attention(q, k, v, scale, window=None):
+    """float64 softmax attention by the book, one score at a time allowed or not."""
+    gap = torch.arange(q.shape[2])[:, None] - torch.arange(k.shape[2])
+    seen = (gap >= 0) & (gap < (window or math.inf))
+    return (q @ k.transpose(-1, -2) * scale).masked_fill(~seen, -math.inf).softmax(-1) @ v
+
+
+def test_rope_turns_pairs_and_only_the_distance_counts():
+    table = rope_table(0, 20, 8, 500.0, X)
+    q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
+    scores = rotate(q.expand(1, 20, 1, 8), table).squeeze() @ rotate(k.expand(1, 20, 1, 8), table).squeeze().T
+    for distance in range(-19, 20):
+        along = scores.diagonal(distance)
+        assert torch.allclose(along, along[:1].expand_as(along))
+    assert torch.allclose(rotate(q.expand(1, 20, 1, 8), table).norm(dim=-1), q.norm().expand(1, 20, 1))
+    assert torch.equal(rope_table(7, 5, 8, 500.0, X)[0], table[0][7:12])
+
+
+def test_gqa_whose_groups_agree_is_multi_head_attention():
+    few, all_heads = make(GQA, tiny(n_kv_heads=2)), make(GQA, tiny(n_kv_heads=4))
+    q, k, v = few.qkv.weight.unflatten(0, (8, 8)).split([4, 2, 2])
+    all_heads.qkv.weight.data = torch.cat([q, k.repeat_interleave(2, 0), v.repeat_interleave(2, 0)]).flatten(0, 1)
+    all_heads.out.weight.data = few.out.weight.data
+    ctx = context(few.config, X)
+    assert torch.allclose(few(X, ctx, "a"), all_heads(X, ctx, "a"))
+
+
+def test_gqa_is_attention_by_the_book():
+    layer = make(GQA, tiny(n_kv_heads=4, rope=False))
+    q, k, v = layer.qkv(X).view(2, 11, 12, 8).transpose(1, 2).split(4, 1)
+    book = layer.out(plain_attention(q, k, v, 8 ** -0.5).transpose(1, 2).flatten(2))
+    assert torch.allclose(layer(X, context(layer.config, X), "a"), book)
+
+
+def test_mla_absorbed_equals_expanded():
+    layer, c = make(MLA, tiny("mla")), tiny("mla")
+    ctx = context(c, X)
+    q, latent, k_rope = layer.down(X).split([c.q_lora_rank, c.kv_lora_rank, c.qk_rope_head_dim], -1)
+    q_nope, q_rope = layer.q_up(layer.q_norm(q)).view(2, 11, 4, -1).split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
+    k_nope, v = layer.kv_up(layer.kv_norm(latent)).view(2, 11, 4, -1).split([c.qk_nope_head_dim, c.v_head_dim], -1)
+    k_rope = rotate(k_rope.unsqueeze(2), ctx.rope).expand(2, 11, 4, -1)
+    q, k = torch.cat([q_nope, rotate(q_rope, ctx.rope)], -1), torch.cat([k_nope, k_rope], -1)
+    out = plain_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), q.shape[-1] ** -0.5)
+    assert torch.allclose(layer(X, ctx, "a"), layer.out(out.transpose(1, 2).flatten(2)))
+
+
+@settings(deadline=None, max_examples=40)
+@given(seq=st.integers(1, 3 * BLOCK + 5), window=st.integers(1, 2 * BLOCK), past=st.integers(0, 40))
+def test_windowed_attention_in_blocks_is_masked_attention(seq, window, past):
+    q, k, v = (torch.randn(2, heads, past + seq, 4, dtype=torch.float64) for heads in (4, 2, 2))
+    book = plain_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), 0.5, window)[:, :, past:]
+    cache = KVCache()
+    cache.length = past
+    ctx = Context.of(tiny(window=window), 2, seq, cache, X)
+    seen = min(past, window - 1) + seq
+    assert torch.allclose(attend(q[:, :, past:], k[:, :, -seen:], v[:, :, -seen:], ctx.mask, window), book)
+
+
+@pytest.mark.parametrize("attn", ["gqa", "mla"])
+def test_a_window_longer_than_the_string_is_full_attention(attn):
+    layer = make(GQA if attn == "gqa" else MLA, tiny(attn))
+    full = layer(X, context(layer.config, X), "a")
+    layer.config = tiny(attn, window=30)
+    assert torch.allclose(layer(X, context(layer.config, X), "a"), full)

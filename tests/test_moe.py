@@ -1,0 +1,103 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny
+
+from mythos_core.moe import MoE
+
+
+def make(**changes):
+    moe = MoE(tiny(**changes))
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return moe
+
+
+def loop_over_experts(moe, x):
+    """The definition, a token and an expert at a time."""
+    tokens, out = x.flatten(0, 1), []
+    for token in tokens:
+        z = moe.router(token)
+        chosen = (z + moe.router_bias).topk(moe.config.n_experts_per_tok).indices
+        gates = z.softmax(-1)[chosen]
+        y = sum(shared(token) for shared in moe.shared)
+        for gate, i in zip(gates / gates.sum(), chosen):
+            a, b = (moe.gate_up[i] @ token).chunk(2)
+            y = y + gate * ((F.silu(a) * b) @ moe.down[i])
+        out.append(y)
+    return torch.stack(out).view_as(x)
+
+
+@pytest.mark.parametrize("n_experts, k, n_shared", [(4, 2, 1), (9, 1, 2), (16, 2, 1), (20, 4, 2), (3, 3, 1)])
+def test_both_ways_of_computing_equal_a_plain_loop(n_experts, k, n_shared):
+    moe = make(n_experts=n_experts, n_experts_per_tok=k, n_shared_experts=n_shared)
+    moe.router_bias.uniform_(-1, 1)
+    x = torch.randn(2, 7, 32)
+    out, ids = moe(x)
+    assert ids.shape == (2, 7, k)
+    assert torch.allclose(out, loop_over_experts(moe, x), atol=1e-5)
+    assert torch.allclose(moe.double()(x.double())[0].float(), out, atol=1e-5)
+    moe.float()
+    tokens, gates = x.flatten(0, 1), moe.router(x.flatten(0, 1)).gather(-1, ids.flatten(0, 1)).softmax(-1)
+    dense, grouped = moe._dense(tokens, ids.flatten(0, 1), gates), moe._grouped(tokens, ids.flatten(0, 1), gates)
+    assert torch.allclose(dense, grouped, atol=1e-5)
+
+
+def test_grouped_experts_have_the_gradients_of_dense_ones():
+    moe = make(n_experts=8, n_experts_per_tok=2)
+    x = torch.randn(10, 32, requires_grad=True)
+    gates, ids = moe.router(x).topk(2)
+    wanted = [torch.autograd.grad(way(x, ids, gates.softmax(-1)).square().sum(), [x, moe.gate_up, moe.down, moe.router.weight], retain_graph=True)
+              for way in (moe._dense, moe._grouped)]
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(*wanted))
+
+
+def test_an_idle_expert_is_fine():
+    moe = make(n_experts=16, n_experts_per_tok=2, n_shared_experts=0)
+    moe.router_bias[3] = -1e9
+    out, ids = moe(torch.randn(1, 5, 32))
+    assert 3 not in ids and out.isfinite().all()
+
+
+def test_the_bias_shifts_the_choice_but_neither_gates_nor_gradient():
+    moe, x = make(), torch.randn(2, 30, 32)
+    out, ids = moe(x)
+    moe.router_bias += 5.0                                   # the same for all: the same choice
+    assert torch.allclose(moe(x)[0], out, atol=1e-6)
+    moe.router_bias[:2] += 100.0                             # choice forced to experts 0 and 1 ...
+    out, ids = moe(x)
+    assert set(ids.unique().tolist()) == {0, 1}
+    gates = moe.router(x).softmax(-1)[..., :2]
+    gates = gates / gates.sum(-1, keepdim=True)              # ... whose gates know nothing of it
+    token = x[0, 0]
+    expected = sum(shared(token) for shared in moe.shared)
+    for i in range(2):
+        a, b = (moe.gate_up[i] @ token).chunk(2)
+        expected = expected + gates[0, 0, i] * ((F.silu(a) * b) @ moe.down[i])
+    assert torch.allclose(out[0, 0], expected, atol=1e-5)
+    assert not moe.router_bias.requires_grad
+
+
+def test_balance_moves_the_bias_against_the_load_and_evens_it():
+    moe = make(balance_rate=0.05)
+    moe.router.weight.data[0] += 0.5                         # expert 0 would get more than its share on positive tokens
+    x = torch.rand(4, 64, 32)
+    share = lambda: F.one_hot(moe(x)[1], 4).double().mean((0, 1, 2))  # noqa: E731
+    uneven = share()
+    moe.train()
+    moe(x)
+    load = moe.load.clone()
+    moe.balance()
+    assert torch.equal(moe.router_bias.sign(), (load.mean() - load).sign().to(moe.router_bias.dtype))
+    assert moe.load.sum() == 0
+    for _ in range(300):
+        moe(x)
+        moe.balance()
+    assert uneven.max() > 0.4 and share().max() < 0.3
+
+
+def test_without_a_rate_nothing_is_counted():
+    moe = make()
+    moe.train()(torch.randn(1, 5, 32))
+    moe.balance()
+    assert not moe.router_bias.any() and not moe.load.any()

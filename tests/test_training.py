@@ -1,0 +1,134 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mythos_core import OpenMythos, training
+from mythos_core.config import parity_config
+from mythos_core.parity import make_batch
+from mythos_core.training import RECIPES, Recipe, draw, get_recipe, held_out, learning_rate, main, train
+
+SHORT = replace(get_recipe("parity-extrapolating"), steps=12)
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.model.state_dict().values(), b.model.state_dict().values()))
+
+
+@pytest.fixture
+def often(monkeypatch):
+    monkeypatch.setattr(training, "SAVE_EVERY", 5)
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """Have something happen in the place of a step's learning rate."""
+    original = training.learning_rate
+
+    def plan(step, act):
+        monkeypatch.setattr(training, "learning_rate", lambda recipe, s: act() if s == step else original(recipe, s))
+    return plan
+
+
+def test_same_seed_same_bits_and_torch_s_own_generator_untouched():
+    before = torch.get_rng_state()
+    a, b, c = train(SHORT, 3, progress=False), train(SHORT, 3, progress=False), train(SHORT, 4, progress=False)
+    assert same(a, b) and not same(a, c)
+    assert [row["loss"] for row in a.history] == [row["loss"] for row in b.history]
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, at_step, often):
+    whole = train(SHORT, 1, progress=False)
+    at_step(7, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(SHORT, 1, progress=False, out=tmp_path)
+    at_step(None, None)
+    resumed = train(SHORT, 1, progress=False, out=tmp_path, resume=True)
+    assert same(whole, resumed)
+    assert [row["loss"] for row in whole.history] == [row["loss"] for row in resumed.history]
+    assert torch.equal(OpenMythos.from_pretrained(tmp_path)(torch.ones(1, 3, dtype=torch.int64)), resumed.model(torch.ones(1, 3, dtype=torch.int64)))
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step_and_keeps_the_last_good_checkpoint(tmp_path, at_step, often):
+    at_step(7, lambda: float("inf"))                         # which makes the weights of step 8 infinite
+    with pytest.raises(FloatingPointError, match="step 8 of recipe parity-extrapolating"):
+        train(SHORT, 0, progress=False, out=tmp_path)
+    at_step(None, None)
+    assert same(train(SHORT, 0, progress=False, out=tmp_path, resume=True), train(SHORT, 0, progress=False))
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+    train(SHORT, 1, progress=False, out=tmp_path)
+    with pytest.raises(ValueError, match="seed 1"):
+        train(SHORT, 2, progress=False, out=tmp_path, resume=True)
+    with pytest.raises(ValueError, match="recipe"):
+        train(replace(SHORT, lr=1e-3), 1, progress=False, out=tmp_path, resume=True)
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"torn")
+    with pytest.raises(OSError, match=r"checkpoint.safetensors: damaged"):
+        train(SHORT, 1, progress=False, out=tmp_path, resume=True)
+
+
+def test_an_unknown_recipe_lists_those_there_are():
+    with pytest.raises(ValueError, match=r"'parity-extrapolating', 'parity-seed'"):
+        train("parity", progress=False)
+
+
+def test_schedule_and_draws():
+    recipe = get_recipe("parity-extrapolating")
+    rates = [learning_rate(recipe, step) for step in range(recipe.steps)]
+    assert rates[0] == pytest.approx(recipe.lr / 50) and rates[200] == recipe.lr and rates[-1] < 0.02 * recipe.lr
+    for step in (0, 60, 120, 239, 240, 599):
+        cap = min(16, max(3, int(3 + step / 240 * 16)))
+        lengths, loops = zip(*(draw(recipe, step) for _ in range(600)))
+        assert (min(lengths), max(lengths)) == (2, cap)
+        assert min(loops) == 1 and all(t <= min(16, length + 4) for length, t in zip(lengths, loops))
+    assert {draw(get_recipe("parity-seed"), 0) for _ in range(9)} == {(24, 3)}
+
+
+def test_the_articles_recipe_is_the_articles():
+    recipe = get_recipe("parity-seed")
+    assert recipe == Recipe("parity-seed", parity_config(), steps=600, batch=64, lr=3e-4, lengths=(24, 24), loops=(3, 3))
+
+
+def test_balance_is_part_of_a_step():
+    run = train(replace(SHORT, config=replace(SHORT.config, balance_rate=0.01)), progress=False)
+    bias = run.model.recurrent.block.ffn.router_bias
+    assert bias.any() and bias.abs().max() <= 12 * 0.01 + 1e-6
+
+
+def test_the_recipe_learns_16_bits_for_real():
+    """A third of the recipe, trained from scratch: every 16-bit string whole. (Seeds 0-4 all get there by step 200.)"""
+    run = train(replace(get_recipe("parity-extrapolating"), steps=250), seed=0, progress=False)
+    assert held_out(run.model, run.recipe) == 1.0
+    assert run.history[-1]["held_out"] == 1.0 and run.history[0]["loss"] > 0.5
+
+
+@pytest.mark.parametrize("length, n_loops", [(16, 32), (64, 80), (128, 150)])
+def test_the_shipped_model_extrapolates(length, n_loops):
+    ids, targets = make_batch(64, length, torch.Generator().manual_seed(length))
+    with torch.no_grad():
+        right = OpenMythos.from_pretrained("parity-extrapolating")(ids, n_loops).argmax(-1) == targets
+    assert right.all()
+
+
+def test_the_shipped_models_reach_what_their_provenance_says():
+    for name in RECIPES:
+        from mythos_core.model import PRETRAINED
+        metrics = json.loads((PRETRAINED / name / "config.json").read_text())["provenance"]["metrics"]
+        assert held_out(OpenMythos.from_pretrained(name), get_recipe(name)) == pytest.approx(metrics["held_out"], abs=0.01)
+
+
+def test_command_line(tmp_path, capsys):
+    main(["--recipe", "parity-extrapolating", "--seed", "5", "--steps", "3", "--out", str(tmp_path)])
+    assert "seed 5: loss" in capsys.readouterr().out
+    assert json.loads((tmp_path / "config.json").read_text())["provenance"]["seed"] == 5
+    assert len(json.loads((tmp_path / "history.json").read_text())) == 3
+    with pytest.raises(SystemExit) as stop:
+        main(["--recipe", "none", "--out", str(tmp_path)])
+    assert stop.value.code == 2 and "must be one of" in capsys.readouterr().err
