@@ -27,9 +27,11 @@ class Context:
         """The context of `seq` new tokens behind what `cache` holds; `like` gives device and dtype."""
         start = cache.length if cache is not None else 0
         rope = rope_table(start, seq, config.rope_dim, config.rope_theta, like) if config.rope else None
-        if config.window is not None:
+        if config.window is not None and seq > BLOCK:
             mask = band_mask(start, seq, config.window, like.device)
             mask = mask.expand(batch, *mask.shape).reshape(-1, 1, *mask.shape[1:])          # (B * blocks, 1, block, keys)
+        elif config.window is not None:
+            mask = band_mask(start, seq, config.window, like.device)[0, :, -(min(start, config.window - 1) + seq):]
         elif start and seq > 1:
             mask = torch.ones(seq, start + seq, dtype=torch.bool, device=like.device).tril(start)
         else:
@@ -61,13 +63,13 @@ def attend(q: Float[Tensor, "batch heads seq dk"], k: Float[Tensor, "batch kv_he
            mask, window: int | None, **sdpa) -> Float[Tensor, "batch heads seq dv"]:
     """softmax(q k^T * scale + mask) v. The queries are the last S of the key positions.
 
-    With a window, queries are taken in blocks that each read only the keys they can see, so the cost is linear in length.
+    With a window, long strings are taken in blocks of queries that each read only the keys they can see: cost linear in length.
     """
-    if window is None:
+    if window is None or q.shape[2] <= BLOCK:
         causal = mask is None and q.shape[2] > 1
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True, **sdpa)
     batch, _, seq, _ = q.shape
-    block, missing = min(seq, BLOCK), window - 1 + seq - k.shape[2]                         # zeros in place of keys before position 0
+    block, missing = BLOCK, window - 1 + seq - k.shape[2]                                    # zeros in place of keys before position 0
     q, k, v = to_blocks(q, block, block, 0), to_blocks(k, block + window - 1, block, missing), to_blocks(v, block + window - 1, block, missing)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True, **sdpa)  # (B * blocks, H, block, dv)
     return out.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)[:, :, :seq]
