@@ -46,6 +46,8 @@ class MythosConfig:
     token_shift: bool = False        # in the loop, half of the channels come from the previous position (RWKV, Peng et al. 2023)
     rope: bool = True                # False: no position signal, "NoPE" (Kazemnejad et al. 2023)
     init_std: float = 0.02           # weights ~ N(0, init_std^2); the working recipe needs dim ** -0.5
+    carry: bool = True               # False: h_{t+1} is the block's output alone, without A * h_t + B * e
+    loop_norm: bool = False          # RMSNorm on h after every loop (Geiping et al. 2025)
     loop_noise: float = 0.0          # std of Gaussian noise on the loop's normalised input, in training
     balance_rate: float = 0.0        # step of the routing bias towards equal load (DeepSeek-V3: 0.001); 0 = bias fixed
 

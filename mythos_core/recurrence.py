@@ -129,6 +129,7 @@ class RecurrentBlock(nn.Module):
         self.config = config
         self.norm, self.block = nn.RMSNorm(config.dim, NORM_EPS), TransformerBlock(config, moe=True)
         self.injection = LTIInjection(config.dim)
+        self.loop_norm = nn.RMSNorm(config.dim, NORM_EPS) if config.loop_norm else nn.Identity()
         self.lora = LoopLoRA(config.dim, config.lora_rank, config.max_loop_iters) if config.lora_rank else None
         self.act = ACTHalting(config) if config.halting != "none" else None
 
@@ -145,7 +146,7 @@ class RecurrentBlock(nn.Module):
         out, expert_ids = self.block(z, ctx, f"loop.{t}")
         if self.lora is not None:
             out = self.lora(out, t)
-        return self.injection(h, e, out), expert_ids
+        return self.loop_norm(self.injection(h, e, out) if self.config.carry else out), expert_ids
 
     def _shift(self, z, ctx, layer):
         """The second half of the channels, from the position before (zeros before the first)."""

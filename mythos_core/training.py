@@ -110,12 +110,17 @@ def train(recipe: Recipe | str, seed: int = 0, device=None, progress: bool = Tru
     return run
 
 
+def commit() -> str | None:
+    """The commit of the code that runs, if it runs from a repository."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return git.stdout.strip() if git.returncode == 0 else None
+
+
 def provenance(run: Run) -> dict:
     """Where a model comes from: the command that trains it again, the commit it was trained at, and what it reached."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "command": f"python -m mythos_core.training --recipe {run.recipe.name} --seed {run.seed} --out DIR",
-        "recipe": asdict(run.recipe) | {"config": "the fields beside this one"}, "seed": run.seed, "commit": commit or None, "torch": torch.__version__,
+        "recipe": asdict(run.recipe) | {"config": "the fields beside this one"}, "seed": run.seed, "commit": commit(), "torch": torch.__version__,
         "metrics": {name: run.history[-1][name] for name in ("loss", "accuracy", "held_out")}}
 
 

@@ -130,6 +130,19 @@ def test_token_shift_takes_half_of_the_channels_from_the_position_before():
     assert torch.equal(shifted[:, 1:, 16:], z[:, :-1, 16:]) and not shifted[:, 0, 16:].any()
 
 
+def test_without_carry_the_state_is_the_blocks_output():
+    model = OpenMythos(tiny(carry=False, lora_rank=0, halting="none", loop_embedding=False)).eval()
+    ctx = model.context(IDS)
+    e, h = model.encode(IDS, ctx), torch.randn(3, 12, 32)
+    expected, _ = model.recurrent.block(model.recurrent.norm(h + e), ctx, "loop.0")
+    assert torch.equal(model.recurrent.step(h, e, 0, ctx)[0], expected)
+
+
+def test_a_norm_after_the_loop_keeps_the_state_at_unit_scale():
+    _, records = run(OpenMythos(tiny(loop_norm=True, halting="none", init_std=0.5)), IDS, 8)
+    assert all(torch.allclose(r.h.square().mean(-1), torch.ones(3, 12), atol=1e-3) for r in records)
+
+
 def test_noise_is_on_in_training_only():
     model = OpenMythos(tiny(loop_noise=0.5))
     assert torch.equal(model.eval()(IDS, 2), model(IDS, 2))

@@ -1,0 +1,156 @@
+"""The study behind notebook 05: the recipe, every ingredient taken away or put back alone, several seeds, one row a run.
+
+    python -m mythos_core.study --seeds 0:5 --workers 2            # ablations; goes on where it was stopped
+    python -m mythos_core.study --reach --seeds 0:10 --workers 2   # the recipe alone, up to 1,024 bits
+"""
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy
+import torch
+from tqdm.auto import tqdm
+
+from mythos_core.model import OpenMythos
+from mythos_core.parity import answers, make_batch, structured
+from mythos_core.probes import depth_sweep
+from mythos_core.training import Recipe, Run, commit, get_recipe, train
+
+RESULTS = Path(__file__).parent / "results"
+UNLOOPED = {"loops": (1, 1), "reachable_only": False, "config.window": None, "config.token_shift": False}
+
+#: What each variant changes in the recipe; "config." marks the model's own fields.
+VARIANTS = {
+    "the recipe": {},
+    "token shift off": {"config.token_shift": False},
+    "window off": {"config.window": None},
+    "window 2": {"config.window": 2},
+    "window 8": {"config.window": 8},
+    "ACT on, as in the reference": {"config.halting": "act"},
+    "ACT on, with the remainder": {"config.halting": "act_remainder"},
+    "loop embedding on": {"config.loop_embedding": True},
+    "LoRA on": {"config.lora_rank": 4},
+    "8 loops always": {"loops": (8, 8)},
+    "16 loops always": {"loops": (16, 16)},
+    "loss on all positions": {"reachable_only": False},
+    "no length curriculum": {"curriculum": 0.0},
+    "init 0.02": {"config.init_std": 0.02},
+    "NoPE": {"config.rope": False},
+    "no carry": {"config.carry": False},
+    "norm after the loop": {"config.loop_norm": True},
+    "uniform strings": {"strings": "uniform"},
+    "no noise": {"config.loop_noise": 0.0},
+    "not looped, equal parameters": UNLOOPED,
+    "not looped, equal compute": {**UNLOOPED, "config.prelude_layers": 8, "config.coda_layers": 9},
+    "the article's recipe": None,
+}
+LOOPS = {16: 32, 64: 96, 256: 300, 512: 600, 1024: 1100}     # loops given to strings of each length
+
+
+def variant(name: str) -> Recipe:
+    """The recipe of a variant; ValueError listing the names there are."""
+    if name not in VARIANTS:
+        raise ValueError(f"variant = {name!r}: must be one of {sorted(VARIANTS)}")
+    if VARIANTS[name] is None:
+        return get_recipe("parity-seed")
+    recipe = get_recipe("parity-extrapolating")
+    inner = {k.removeprefix("config."): v for k, v in VARIANTS[name].items() if k.startswith("config.")}
+    outer = {k: v for k, v in VARIANTS[name].items() if not k.startswith("config.")}
+    return replace(recipe, **outer, config=replace(recipe.config, **inner))
+
+
+@torch.no_grad()
+def whole_strings(model: OpenMythos, length: int, n_loops: int, strings: int = 16, seed: int = 2 ** 31) -> float:
+    """Share of `strings` fresh uniform strings that are right at every position."""
+    ids, targets = make_batch(strings, length, torch.Generator().manual_seed(seed + length))
+    return (model.eval()(ids, n_loops).argmax(-1) == targets).all(1).float().mean().item()
+
+
+def first_at_one(run: Run) -> dict:
+    """Step and seconds at which held-out 16-bit strings were first all whole, and stayed so."""
+    rows = [row for row in run.history if "held_out" in row]
+    stays = [row for i, row in enumerate(rows) if all(later["held_out"] == 1.0 for later in rows[i:])]
+    return {name: stays[0][name] if stays else None for name in ("step", "seconds")}
+
+
+def accuracy_row(run: Run) -> dict:
+    """Whole-string accuracy at 16, 64, 256 and 512 bits."""
+    loops = {length: LOOPS[length] if run.recipe.loops[1] > 1 else 1 for length in (16, 64, 256, 512)}
+    return {"whole": {str(length): whole_strings(run.model, length, n) for length, n in loops.items()}, "loops": {str(k): v for k, v in loops.items()}}
+
+
+@torch.no_grad()
+def reach_row(run: Run) -> dict:
+    """Random strings to 1,024 bits; structured ones right at 2 and 3 times as many loops as bits; loops needed at 64 and 256 bits."""
+    model = run.model
+    row = {"whole": {str(length): whole_strings(model, length, LOOPS[length]) for length in (16, 512, 1024)}, "structured": {}, "needed": {}, "whole_4x": {}}
+    for length in (16, 64, 256, 512, 1024):
+        ids = torch.cat(list(structured(length).values()))
+        for times in (2, 3):
+            right = (model(ids, times * length).argmax(-1) == answers(ids)).all(1)
+            row["structured"][f"{length} bits, {times}x"] = dict(zip(structured(length), right.tolist()))
+    for length in (16, 32, 64, 128, 256):
+        strings = {"random": make_batch(16, length, torch.Generator().manual_seed(length))[0], **structured(length)}
+        sweeps = {name: depth_sweep(model, ids, answers(ids), 2 * length) for name, ids in strings.items()}
+        row["needed"][str(length)] = {name: sweep.loops_needed.amax(1).float().mean().item() for name, sweep in sweeps.items()}
+        row["whole_4x"][str(length)] = whole_strings(model, length, 4 * int(sweeps["random"].loops_needed.max()))
+    return row
+
+
+def run_one(job: tuple[str, int, bool]) -> dict:
+    """Train one variant with one seed and measure it."""
+    name, seed, reach = job
+    torch.set_num_threads(1)
+    run = train(variant(name), seed, progress=False)
+    return {
+        "variant": name, "seed": seed, **(reach_row if reach else accuracy_row)(run), "first_at_one": first_at_one(run),
+        "train_seconds": run.history[-1]["seconds"], "parameters": sum(p.numel() for p in run.model.parameters()),
+        "recipe": asdict(run.recipe), "command": f"python -m mythos_core.study {'--reach ' if reach else ''}--variant '{name}' --seeds {seed}",
+        "commit": commit(), "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__}}
+
+
+def load(file: Path) -> list[dict]:
+    """The rows measured so far."""
+    return json.loads(file.read_text()) if file.exists() else []
+
+
+def append(file: Path, row: dict):
+    """Add a row; the file is whole at any moment."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows = sorted([*load(file), row], key=lambda r: (list(VARIANTS).index(r["variant"]), r["seed"]))
+    file.with_suffix(".tmp").write_text("[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n")
+    os.replace(file.with_suffix(".tmp"), file)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m mythos_core.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variant", action="append", help="one of the variants; may be given again; default all (with --reach, the recipe)")
+    parser.add_argument("--seeds", default="0:5", help="FIRST:END or a single seed")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--reach", action="store_true", help="measure the recipe's reach instead of the ablations")
+    parser.add_argument("--out", type=Path, help="file of rows; default is the committed one")
+    args = parser.parse_args(argv)
+    first, _, end = args.seeds.partition(":")
+    names = args.variant or (["the recipe"] if args.reach else list(VARIANTS))
+    try:
+        seeds = range(int(first), int(end or int(first) + 1))
+        for name in names:
+            variant(name)
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    file = args.out or RESULTS / ("reach.json" if args.reach else "ablations.json")
+    done = {(row["variant"], row["seed"]) for row in load(file)}
+    jobs = [(name, seed, args.reach) for seed in seeds for name in names if (name, seed) not in done]
+    with multiprocessing.get_context("spawn").Pool(args.workers) as pool, tqdm(total=len(jobs), unit="run") as bar:
+        for row in pool.imap_unordered(run_one, jobs):
+            append(file, row)
+            bar.set_postfix_str(f"{row['variant']} seed {row['seed']}: {row['whole']}")
+            bar.update()
+
+
+if __name__ == "__main__":
+    main()
