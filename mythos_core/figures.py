@@ -41,7 +41,7 @@ def _plain(value):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
         value = value.tolist()
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, range)):
         return [_plain(v) for v in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value
 

@@ -28,7 +28,10 @@ def parameters_by_component(model: OpenMythos) -> dict[str, int]:
 
 
 def active_parameters(model: OpenMythos) -> int:
-    """Parameters that one token meets in one pass: all, less the routed experts it is not sent to."""
+    """Parameters that one token meets in a pass of one loop: all, less the routed experts it is not sent to.
+
+    Every further loop chooses anew, so over T loops a token may meet up to T times as many experts.
+    """
     c = model.config
     routed = parameters_by_component(model)["routed experts"]
     return sum(p.numel() for p in model.parameters()) - routed * (c.n_experts - c.n_experts_per_tok) // c.n_experts
