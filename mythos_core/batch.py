@@ -119,7 +119,7 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mythos_core.batch", description="Run notebooks over a grid of parameters.")
     parser.add_argument("notebooks", nargs="+", type=Path)
     parser.add_argument("--grid", action="append", default=[], metavar="NAME=A,B,...", help="values of a notebook parameter; may be given again")
-    parser.add_argument("--workers", type=int, default=1, help="notebooks at a time; the cores are shared out among them")
+    parser.add_argument("--workers", type=int, default=1, help="notebooks at a time; each gets OMP_NUM_THREADS threads, or its share of the cores")
     parser.add_argument("--out", type=Path, default=Path("build/batch"), help="folder for the executed notebooks")
     parser.add_argument("--publish", action="store_true", help="if all pass, replace the notebooks by their executed copies")
     args = parser.parse_args(argv)
@@ -128,7 +128,8 @@ def main(argv=None) -> int:
             raise ValueError(f"--workers {args.workers}: must be at least 1")
         if args.publish and args.grid:
             raise ValueError("--publish takes no --grid: a notebook is published as it stands")
-        jobs = plan([n.resolve() for n in args.notebooks], parse_grid(args.grid), args.out.resolve(), max(1, (os.cpu_count() or 1) // args.workers))
+        threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // args.workers))
+        jobs = plan([n.resolve() for n in args.notebooks], parse_grid(args.grid), args.out.resolve(), threads)
         args.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")

@@ -1,0 +1,80 @@
+"""Every number in the README's tables is in a figure's JSON, and says the same."""
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def figure(name):
+    return json.loads((ROOT / "figures" / f"{name}.json").read_text())
+
+
+def percent(share):
+    return f"{100 * share:.0f} %"
+
+
+def ratio(a, b):
+    sizes = figure("cache_growth")["bytes_64_tokens_4_loops"]
+    return f"{sizes[a] // 1024} KB and {sizes[b] // 1024} KB: {sizes[a] / sizes[b]:.2f} times"
+
+
+def spectrum():
+    d = figure("jacobian_spectrum")
+    return f"A = {d['untrained_rho_A']:.2f}, yet the loop's Jacobian has radius {d['untrained_rho_J'][0]:.2f}"
+
+
+def generation(bits, loops):
+    d = figure("generation_exact_match")
+    return d["exact_match"][d["prompt_bits"].index(bits)][d["loops"].index(loops)]
+
+
+CLAIMS = {
+    "sizes": lambda: f"GQA {figure('model_sizes')['total_gqa']:,}, MLA {figure('model_sizes')['total_mla']:,}",
+    "cache": lambda: ratio("gqa", "mla"),
+    "key per head": lambda: ratio("gqa", "mla_key_per_head"),
+    "spectrum": spectrum,
+    "executed": lambda: f"executes {figure('loops_article')['loops_executed'][-1]} of {figure('loops_article')['loops_asked'][-1]}",
+    "halting": lambda: f"{figure('act_heatmap')['asked']} asked for, {figure('act_heatmap')['executed']} executed",
+    "depth": lambda: f"from {percent(figure('depth_extrapolation')['whole_string_accuracy']['64'][15])} of 64-bit strings at 16 loops to "
+                     f"{percent(figure('depth_extrapolation')['whole_at_last_loop']['64'])} at {figure('depth_extrapolation')['all_whole_from_loop']['64']}",
+    "speed": lambda: f"{figure('frontier_speed')['positions_per_loop']:.2f} positions a loop",
+    "generation": lambda: f"{percent(generation(64, 16))} at 16 loops, {percent(generation(64, 96))} at 96",
+    "article": lambda: f"article: {percent(sum(figure('training_article')['token_accuracy'][-50:]) / 50)} of tokens",
+}
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_the_readme_says_what_the_figures_say(claim):
+    assert CLAIMS[claim]() in README
+
+
+def test_bounds_in_prose_hold():
+    assert max(figure("loops_article")["token_accuracy"]) < 0.60
+    assert figure("depth_extrapolation")["whole_at_last_loop"]["256"] == 1.0
+    recipe = figure("training_recipe")
+    assert max(seed[recipe["held_out_step"].index(200)] for seed in recipe["whole_16_bits"]) == 1.0
+    assert min(seed[recipe["held_out_step"].index(200)] for seed in recipe["whole_16_bits"]) >= 0.99
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
+    repository = re.search(r'Repository = "https://github.com/(.*?)"', (ROOT / "pyproject.toml").read_text()).group(1)
+    for name in re.findall(r"\(notebooks/(\w+)\.ipynb\)", README):
+        assert f"colab.research.google.com/github/{repository}/blob/main/notebooks/{name}.ipynb" in README
+
+
+def test_the_code_in_the_readme_runs(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    exec(compile(code, "README.md", "exec"), {})
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_commands_in_the_readme_exist():
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
+    assert set(re.findall(r"(?:^|`)make (\w+)", README, re.M)) <= set(targets)
+    assert "make test" in (ROOT / ".ci" / "run").read_text()

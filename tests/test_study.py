@@ -1,0 +1,53 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mythos_core import OpenMythos, study
+from mythos_core.parity import answers
+from mythos_core.training import get_recipe
+
+
+def test_a_variant_changes_what_it_says_and_nothing_else():
+    recipe = get_recipe("parity-extrapolating")
+    assert study.variant("the recipe") == recipe and study.variant("the article's recipe") == get_recipe("parity-seed")
+    assert study.variant("window 8") == replace(recipe, config=replace(recipe.config, window=8))
+    assert study.variant("8 loops always") == replace(recipe, loops=(8, 8))
+    for name in study.VARIANTS:
+        OpenMythos(study.variant(name).config)
+    with pytest.raises(ValueError, match="variant = 'window 3'"):
+        study.variant("window 3")
+
+
+def test_whole_strings_counts_strings_that_are_right_everywhere():
+    class Oracle(torch.nn.Module):
+        def forward(self, ids, n_loops):
+            wrong = torch.zeros_like(ids)
+            wrong[0, -1] = 1                                 # one position of one string
+            return torch.nn.functional.one_hot(torch.where(wrong == 1, 3 - answers(ids), answers(ids)), 4).float()
+
+    assert study.whole_strings(Oracle(), 20, 5, strings=8) == 7 / 8
+
+
+def test_rows_are_made_kept_and_not_made_again(tmp_path, monkeypatch, capsys):
+    short = lambda name: replace(get_recipe("parity-extrapolating"), steps=2)  # noqa: E731
+    monkeypatch.setattr(study, "variant", short)
+    monkeypatch.setattr(study, "LOOPS", {length: 2 for length in study.LOOPS})
+    file = tmp_path / "rows.json"
+    for seed in (1, 0):
+        study.append(file, study.run_one(("NoPE", seed, False)))
+    study.append(file, study.run_one(("window 2", 0, False)))
+    rows = json.loads(file.read_text())
+    assert [(row["variant"], row["seed"]) for row in rows] == [("window 2", 0), ("NoPE", 0), ("NoPE", 1)]
+    assert all({"whole", "loops", "command", "commit", "versions", "recipe", "parameters"} <= set(row) for row in rows)
+    assert rows[1]["command"] == "python -m mythos_core.study --variant 'NoPE' --seeds 0"
+    before = file.read_text()
+    study.main(["--variant", "NoPE", "--seeds", "0:2", "--out", str(file)])
+    assert file.read_text() == before                        # nothing was missing
+
+
+def test_an_unknown_variant_is_refused_before_any_work(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        study.main(["--variant", "window 3", "--out", str(tmp_path / "rows.json")])
+    assert "must be one of" in capsys.readouterr().err and not (tmp_path / "rows.json").exists()
