@@ -41,6 +41,7 @@ CLAIMS = {
     "halting": lambda: f"{figure('act_heatmap')['asked']} asked for, {figure('act_heatmap')['executed']} executed",
     "depth": lambda: f"from {percent(figure('depth_extrapolation')['whole_string_accuracy']['64'][15])} of 64-bit strings at 16 loops to "
                      f"{percent(figure('depth_extrapolation')['whole_at_last_loop']['64'])} at {figure('depth_extrapolation')['all_whole_from_loop']['64']}",
+    "balance": lambda: "from {} to {}".format(*(", ".join(f"{v:.2f}" for v in figure("balance")[f"{k}_violation"]) for k in ("off", "on"))),
     "speed": lambda: f"{figure('frontier_speed')['positions_per_loop']:.2f} positions a loop",
     "generation": lambda: f"{percent(generation(64, 16))} at 16 loops, {percent(generation(64, 96))} at 96",
     "article": lambda: f"article: {percent(sum(figure('training_article')['token_accuracy'][-50:]) / 50)} of tokens",
