@@ -64,8 +64,13 @@ def plan(notebooks: list[Path], grid: list[dict], out: Path, threads: int) -> li
 
 
 def run(job: Job) -> Job:
-    """Execute one job, in a process of its own: then the peak memory of its children is that of this kernel."""
+    """Execute one job, in a process of its own: then the peak memory of its children is that of this kernel.
+
+    What kernel and papermill write to stderr goes to a .log beside the executed notebook.
+    """
     os.environ["OMP_NUM_THREADS"] = str(job.threads)
+    with open(job.output.with_suffix(".log"), "wb") as log:
+        os.dup2(log.fileno(), 2)
     start = time.perf_counter()
     try:
         papermill.execute_notebook(str(job.notebook), str(job.output), job.parameters, cwd=str(job.notebook.parent),
