@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
-WORKERS ?= 2
+WORKERS ?= 1
 
 .PHONY: tutorial test lab publish lint clean
 

@@ -49,6 +49,8 @@ class MythosConfig:
     carry: bool = True               # False: h_{t+1} is the block's output alone, without A * h_t + B * e
     loop_norm: bool = False          # RMSNorm on h after every loop (Geiping et al. 2025)
     loop_noise: float = 0.0          # std of Gaussian noise on the loop's normalised input, in training
+    start_noise: float = 0.0         # std of Gaussian noise on h_0 of half of the strings, in training: the answer should not depend
+    #                                  on where the loop starts (path independence, Anil et al. 2022; random h_0, Geiping et al. 2025)
     balance_rate: float = 0.0        # step of the routing bias towards equal load (DeepSeek-V3: 0.001); 0 = bias fixed
 
     def __post_init__(self):
@@ -57,7 +59,7 @@ class MythosConfig:
         for name in ("vocab_size", "dim", "n_heads", "n_kv_heads", "max_seq_len", "max_loop_iters", "kv_lora_rank", "q_lora_rank",
                      "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "n_experts", "n_experts_per_tok", "expert_dim", "max_output_tokens"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("prelude_layers", "coda_layers", "n_shared_experts", "lora_rank", "loop_noise", "balance_rate"):
+        for name in ("prelude_layers", "coda_layers", "n_shared_experts", "lora_rank", "loop_noise", "start_noise", "balance_rate"):
             self._require(name, getattr(self, name) >= 0, "0 or more")
         self._require("attn_type", self.attn_type in ATTENTION, f"one of {ATTENTION}")
         self._require("halting", self.halting in HALTING, f"one of {HALTING}")

@@ -101,15 +101,14 @@ class ACTHalting(nn.Module):
         self.threshold, self.remainder = config.act_threshold, config.halting == "act_remainder"
 
     def forward(self, h: Float[Tensor, "batch seq dim"], total: Float[Tensor, "batch seq"]):
-        """p, the weight of this loop, what a last loop here would get on top of it, and the sum of p after it; each (B, S).
-
-        `total` is the sum of p before this loop.
+        """p, the weight of this loop, what a last loop here would get on top of it (None for "act"), and the sum of p after it;
+        each (B, S). `total` is the sum of p before this loop.
         """
         p = torch.sigmoid(self.halt(h)).squeeze(-1).float()
         running = total < self.threshold
         weight = torch.where(total + p >= self.threshold, (1 - total).clamp(min=0), p) * running
         total = total + p * running
-        left = (1 - total) * (total < self.threshold) * self.remainder
+        left = (1 - total) * (total < self.threshold) if self.remainder else None
         return p, weight, left, total
 
 
@@ -148,6 +147,13 @@ class RecurrentBlock(nn.Module):
             out = self.lora(out, t)
         return self.loop_norm(self.injection(h, e, out) if self.config.carry else out), expert_ids
 
+    def _start(self, e):
+        """h_0: the input, or in training, with start_noise, for half of the strings a point thrown far from it."""
+        if not (self.training and self.config.start_noise):
+            return e
+        thrown = torch.rand(len(e), 1, 1, device=e.device) < 0.5
+        return e + self.config.start_noise * torch.randn_like(e) * thrown
+
     def _shift(self, z, ctx, layer):
         """The second half of the channels, from the position before (zeros before the first)."""
         here, there = z.chunk(2, -1)
@@ -161,15 +167,15 @@ class RecurrentBlock(nn.Module):
         Without a cache the loop ends when every position has halted, which changes no output. With one, every loop runs:
         a later token may loop longer, and then reads what these positions left at every loop.
         """
-        h, weighted, total = e, torch.zeros_like(e), e.new_zeros(e.shape[:2], dtype=torch.float32)
+        h, weighted, total = self._start(e), torch.zeros_like(e), e.new_zeros(e.shape[:2], dtype=torch.float32)
         for t in range(n_loops):
             h, expert_ids = self.step(h, e, t, ctx)
             output, p, weight = h, None, None
             if self.act is not None:
                 p, weight, left, total = self.act(h, total)
                 weighted = weighted + weight.unsqueeze(-1).to(h.dtype) * h
-                output = weighted + left.unsqueeze(-1).to(h.dtype) * h
-                weight = weight + left if t == n_loops - 1 else weight
+                output = weighted if left is None else weighted + left.unsqueeze(-1).to(h.dtype) * h
+                weight = weight if left is None or t < n_loops - 1 else weight + left
             if observer is not None:
                 observer(LoopRecord(t, h, output, expert_ids, p, weight))
             if self.act is not None and ctx.cache is None and bool((total >= self.act.threshold).all()):

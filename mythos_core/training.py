@@ -41,7 +41,8 @@ class Recipe:
     decay: float = 0.0                      # last fraction of the steps, over which it falls to 0.01 lr
     lengths: tuple[int, int] = (24, 24)     # shortest and longest string; a length is drawn uniformly for each step
     curriculum: float = 0.0                 # first fraction of the steps, over which the longest length grows from 3
-    loops: tuple[int, int] = (3, 3)         # fewest and most loops, drawn uniformly, but at most length + 4
+    loops: tuple[int, int] = (3, 3)         # fewest and most loops, drawn uniformly ...
+    spare_loops: int = 4                    # ... but at most the length and this many
     strings: str = "uniform"                # of `parity.make_batch`
     reachable_only: bool = False            # score only the first min(length, loops) positions: what the loops can reach
 
@@ -179,7 +180,7 @@ def draw(recipe: Recipe, step: int) -> tuple[int, int]:
     if recipe.curriculum:
         longest = max(3, min(longest, int(3 + step / recipe.steps / recipe.curriculum * longest)))
     length = int(torch.randint(shortest, longest + 1, ()))
-    return length, int(torch.randint(fewest, max(fewest, min(most, length + 4)) + 1, ()))
+    return length, int(torch.randint(fewest, max(fewest, min(most, length + recipe.spare_loops)) + 1, ()))
 
 
 @torch.no_grad()

@@ -103,7 +103,7 @@ def test_early_exit_changes_no_logit():
 def test_halted_positions_take_no_more_weight():
     act = ACTHalting(tiny())
     _, weight, left, total = act(torch.randn(1, 4, 32), torch.tensor([[0.0, 0.5, 0.99, 1.2]]))
-    assert (weight[0, :2] > 0).all() and not weight[0, 2:].any() and not left.any()
+    assert (weight[0, :2] > 0).all() and not weight[0, 2:].any() and left is None
     assert total[0, 2:].tolist() == pytest.approx([0.99, 1.2])
 
 
@@ -128,6 +128,15 @@ def test_token_shift_takes_half_of_the_channels_from_the_position_before():
     shifted = model.recurrent._shift(z, model.context(IDS), "loop.0")
     assert torch.equal(shifted[..., :16], z[..., :16])
     assert torch.equal(shifted[:, 1:, 16:], z[:, :-1, 16:]) and not shifted[:, 0, 16:].any()
+
+
+def test_a_random_start_is_for_half_of_the_strings_in_training_only():
+    model = OpenMythos(tiny(start_noise=4.0))
+    e = torch.zeros(2000, 3, 32)
+    start = model.train().recurrent._start(e)
+    thrown = start.abs().amax((1, 2)) > 0
+    assert 0.45 < thrown.float().mean() < 0.55 and start[thrown].std().item() == pytest.approx(4.0, rel=0.02)
+    assert torch.equal(model.eval().recurrent._start(e), e)
 
 
 def test_without_carry_the_state_is_the_blocks_output():

@@ -3,9 +3,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import tiny
 
 from mythos_core import OpenMythos, study
-from mythos_core.parity import answers
+from mythos_core.parity import answers, make_batch
 from mythos_core.training import get_recipe
 
 
@@ -20,12 +21,27 @@ def test_a_variant_changes_what_it_says_and_nothing_else():
         study.variant("window 3")
 
 
+@pytest.mark.parametrize("halting", ["act", "none"])
+def test_right_is_what_separate_passes_give(halting):
+    model = OpenMythos(tiny(halting=halting, init_std=0.2, vocab_size=4)).eval()
+    ids, targets = make_batch(50, 3)
+    loops = [2, 5, 9]
+    expected = [(model(ids, n).argmax(-1) == targets).all(1).tolist() for n in loops]
+    assert study.right(model, ids, loops) == expected and any(expected[0])
+
+
 def test_whole_strings_counts_strings_that_are_right_everywhere():
     class Oracle(OpenMythos):
-        def forward(self, ids, n_loops):
-            wrong = torch.zeros_like(ids)
-            wrong[0, -1] = 1                                 # one position of one string
-            return torch.nn.functional.one_hot(torch.where(wrong == 1, 3 - answers(ids), answers(ids)), 4).float()
+        """Right but for the last position of the first string."""
+
+        def decode(self, output, ctx):
+            wrong = torch.zeros_like(self.ids)
+            wrong[0, -1] = 1
+            return torch.nn.functional.one_hot(torch.where(wrong == 1, 3 - answers(self.ids), answers(self.ids)), 4).float()
+
+        def forward(self, ids, *args, **kwargs):
+            self.ids = ids
+            return super().forward(ids, *args, **kwargs)
 
     assert study.whole_strings(Oracle(get_recipe("parity-extrapolating").config), 20, 5, strings=8) == 7 / 8
 
