@@ -44,6 +44,7 @@ class MythosConfig:
     loop_embedding: bool = True      # sinusoidal loop index on the first dim // 8 channels (theta 10,000)
     window: int | None = None        # causal window: a query sees itself and window - 1 before it (Beltagy et al. 2020); None = all
     token_shift: bool = False        # in the loop, half of the channels come from the previous position (RWKV, Peng et al. 2023)
+    shift_growth: int = 1            # at loop t the shift brings position i - shift_growth^t: 1 = always the neighbour, 2 = a scan (Hillis & Steele 1986)
     rope: bool = True                # False: no position signal, "NoPE" (Kazemnejad et al. 2023)
     init_std: float = 0.02           # weights ~ N(0, init_std^2); the working recipe needs dim ** -0.5
     carry: bool = True               # False: h_{t+1} is the block's output alone, without A * h_t + B * e
@@ -57,7 +58,8 @@ class MythosConfig:
         for field in fields(self):
             self._check_type(field.name, field.type)
         for name in ("vocab_size", "dim", "n_heads", "n_kv_heads", "max_seq_len", "max_loop_iters", "kv_lora_rank", "q_lora_rank",
-                     "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "n_experts", "n_experts_per_tok", "expert_dim", "max_output_tokens"):
+                     "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "n_experts", "n_experts_per_tok", "expert_dim", "max_output_tokens",
+                     "shift_growth"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("prelude_layers", "coda_layers", "n_shared_experts", "lora_rank", "loop_noise", "start_noise", "balance_rate"):
             self._require(name, getattr(self, name) >= 0, "0 or more")
@@ -70,6 +72,7 @@ class MythosConfig:
         self._require("init_std", self.init_std > 0, "above 0")
         self._require("window", self.window is None or self.window >= 1, "None or at least 1")
         self._require("dim", not self.token_shift or self.dim % 2 == 0, "even when token_shift is on")
+        self._require("shift_growth", self.token_shift or self.shift_growth == 1, "1 when token_shift is off")
         if self.attn_type == "gqa":
             self._require("dim", self.dim % self.n_heads == 0, f"a multiple of n_heads = {self.n_heads}")
             self._require("n_heads", self.n_heads % self.n_kv_heads == 0, f"a multiple of n_kv_heads = {self.n_kv_heads}")

@@ -46,7 +46,8 @@ def cache_bytes(config: MythosConfig, tokens: int, n_loops: int, batch: int = 1,
     """Bytes that a KVCache holds after `tokens` positions, by formula.
 
     effective_depth * batch * min(tokens, window - 1) * width * itemsize, where width is 2 * n_kv_heads * head_dim for GQA and
-    kv_lora_rank + qk_rope_head_dim for MLA; plus dim / 2 numbers a loop with token shift.
+    kv_lora_rank + qk_rope_head_dim for MLA; plus, with token shift, dim / 2 numbers for each of the min(tokens, shift_growth^t)
+    positions that loop t may still look back to.
 
     Args:
         rope_key_per_head: what MLA costs if every head stores its own copy of the shared RoPE key, as open-mythos 0.5.0 does.
@@ -57,7 +58,7 @@ def cache_bytes(config: MythosConfig, tokens: int, n_loops: int, batch: int = 1,
     else:
         width = c.kv_lora_rank + c.qk_rope_head_dim * (c.n_heads if rope_key_per_head else 1)
     held = tokens if c.window is None else min(tokens, c.window - 1)
-    shift = n_loops * min(tokens, 1) * c.dim // 2 if c.token_shift else 0
+    shift = sum(min(tokens, c.shift_growth ** t) for t in range(n_loops)) * c.dim // 2 if c.token_shift else 0
     return batch * itemsize * (effective_depth(c, n_loops) * held * width + shift)
 
 

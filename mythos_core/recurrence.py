@@ -139,7 +139,7 @@ class RecurrentBlock(nn.Module):
             z = z + loop_embedding(t, self.config.dim, h)
         z = self.norm(z)
         if self.config.token_shift:
-            z = self._shift(z, ctx, f"loop.{t}")
+            z = self._shift(z, ctx, f"loop.{t}", self.config.shift_growth ** t)
         if self.training and self.config.loop_noise:
             z = z + self.config.loop_noise * torch.randn_like(z)
         out, expert_ids = self.block(z, ctx, f"loop.{t}")
@@ -154,12 +154,12 @@ class RecurrentBlock(nn.Module):
         thrown = torch.rand(len(e), 1, 1, device=e.device) < 0.5
         return e + self.config.start_noise * torch.randn_like(e) * thrown
 
-    def _shift(self, z, ctx, layer):
-        """The second half of the channels, from the position before (zeros before the first)."""
+    def _shift(self, z, ctx, layer, distance):
+        """The second half of the channels, from `distance` positions before (zeros before the first)."""
         here, there = z.chunk(2, -1)
-        before = ctx.remember(layer, "shift", there, keep=1)                                # (B, S or S + 1, dim / 2)
-        before = nn.functional.pad(before, (0, 0, z.shape[1] + 1 - before.shape[1], 0))[:, :-1]
-        return torch.cat([here, before], -1)
+        past = ctx.remember(layer, "shift", there, keep=distance)                           # (B, up to distance + S, dim / 2)
+        missing = min(distance + z.shape[1] - past.shape[1], z.shape[1])                    # positions that look before the first
+        return torch.cat([here, nn.functional.pad(past, (0, 0, missing, 0))[:, :z.shape[1]]], -1)
 
     def forward(self, e: Float[Tensor, "batch seq dim"], n_loops: int, ctx: Context, observer: Observer | None = None):
         """The ACT-weighted sum of h_1 .. h_T, or h_T with halting off; both (B, S, dim).

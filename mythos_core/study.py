@@ -21,7 +21,7 @@ from mythos_core.probes import depth_sweep
 from mythos_core.training import Recipe, Run, commit, get_recipe, train
 
 RESULTS = Path(__file__).parent / "results"
-UNLOOPED = {"loops": (1, 1), "reachable_only": False, "config.window": None, "config.token_shift": False}
+UNLOOPED = {"loops": (1, 1), "reach": None, "config.window": None, "config.token_shift": False}
 
 #: What each variant changes in the recipe; "config." marks the model's own fields.
 VARIANTS = {
@@ -36,22 +36,26 @@ VARIANTS = {
     "LoRA on": {"config.lora_rank": 4},
     "8 loops always": {"loops": (8, 8)},
     "16 loops always": {"loops": (16, 16)},
-    "loss on all positions": {"reachable_only": False},
+    "loss on all positions": {"reach": None},
     "no length curriculum": {"curriculum": 0.0},
     "init 0.02": {"config.init_std": 0.02},
     "NoPE": {"config.rope": False},
     "no carry": {"config.carry": False},
     "norm after the loop": {"config.loop_norm": True},
     "uniform strings": {"strings": "uniform"},
-    "no noise": {"config.loop_noise": 0.0},
-    "loops not tied to length": {"spare_loops": 16},
-    "random start": {"config.start_noise": 4.0},
-    "random start, loops not tied to length": {"config.start_noise": 4.0, "spare_loops": 16},
+    "no noise in the loop": {"config.loop_noise": 0.0},
+    "always started at e": {"config.start_noise": 0.0},
+    "loops tied to length": {"spare_loops": 4},
+    "asked for 2 positions a loop": {"reach": 2},
+    "asked for 4 positions a loop": {"reach": 4},
+    "window 8, asked for 4 positions a loop": {"config.window": 8, "reach": 4},
+    "no prelude, no coda": {"config.prelude_layers": 0, "config.coda_layers": 0},
     "not looped, equal parameters": UNLOOPED,
     "not looped, equal compute": {**UNLOOPED, "config.prelude_layers": 8, "config.coda_layers": 9},
     "the article's recipe": None,
 }
 LOOPS = {16: 32, 64: 96, 256: 300, 512: 600, 1024: 1100}     # loops given to strings of each length
+CHUNK = 4  # strings of a pass: what they need between two operations stays in the processor's cache
 
 
 def variant(name: str) -> Recipe:
@@ -69,6 +73,8 @@ def variant(name: str) -> Recipe:
 @torch.no_grad()
 def right(model: OpenMythos, ids, loops: list[int]) -> list[list[bool]]:
     """For each number of loops, from one pass of the largest: which strings are right at every position."""
+    if len(ids) > CHUNK:
+        return [sum(parts, []) for parts in zip(*(right(model, chunk, loops) for chunk in ids.split(CHUNK)))]
     outputs = {}
 
     def look(record):
@@ -95,9 +101,12 @@ def first_at_one(run: Run) -> dict:
 
 
 def accuracy_row(run: Run) -> dict:
-    """Whole-string accuracy at 16, 64, 256 and 512 bits."""
+    """Whole-string accuracy at 16, 64, 256 and 512 bits, and loops needed at 64 (mean over strings; None if some never are whole)."""
     loops = {length: LOOPS[length] if run.recipe.loops[1] > 1 else 1 for length in (16, 64, 256, 512)}
-    return {"whole": {str(length): whole_strings(run.model, length, n) for length, n in loops.items()}, "loops": {str(k): v for k, v in loops.items()}}
+    ids = make_batch(16, 64, torch.Generator().manual_seed(64))[0]
+    needed = depth_sweep(run.model, ids, answers(ids), loops[64]).loops_needed.amax(1)
+    return {"whole": {str(length): whole_strings(run.model, length, n) for length, n in loops.items()}, "loops": {str(k): v for k, v in loops.items()},
+            "needed": needed.float().mean().item() if needed.max() <= loops[64] else None}
 
 
 def reach_row(run: Run) -> dict:

@@ -42,18 +42,19 @@ class Recipe:
     lengths: tuple[int, int] = (24, 24)     # shortest and longest string; a length is drawn uniformly for each step
     curriculum: float = 0.0                 # first fraction of the steps, over which the longest length grows from 3
     loops: tuple[int, int] = (3, 3)         # fewest and most loops, drawn uniformly ...
-    spare_loops: int = 4                    # ... but at most the length and this many
+    spare_loops: int | None = None          # ... but at most the length and this many; None = however many
     strings: str = "uniform"                # of `parity.make_batch`
-    reachable_only: bool = False            # score only the first min(length, loops) positions: what the loops can reach
+    reach: int | None = None                # score only as far as T loops can reach: `reach` times the way the token shift goes in them,
+    #                                         1 + g + ... + g^(T - 1) with g = shift_growth; None = all positions
 
 
 RECIPES = {recipe.name: recipe for recipe in (
     Recipe("parity-seed", parity_config()),
     Recipe("parity-extrapolating",
            parity_config(vocab_size=4, max_seq_len=4096, halting="none", loop_embedding=False, lora_rank=0, window=4, token_shift=True,
-                         init_std=64 ** -0.5, loop_noise=0.1),
-           lr=2e-3, betas=(0.9, 0.98), warmup=50, decay=0.4, lengths=(2, 16), curriculum=0.4, loops=(1, 16), strings="mixed",
-           reachable_only=True),
+                         init_std=64 ** -0.5, loop_noise=0.1, start_noise=4.0),
+           steps=700, batch=32, lr=2e-3, betas=(0.9, 0.98), warmup=50, decay=0.4, lengths=(2, 16), curriculum=0.25, loops=(1, 16),
+           strings="mixed", reach=1),
 )}
 
 
@@ -154,7 +155,7 @@ def _step(model, optimizer, recipe, step) -> dict:
         group["lr"] = learning_rate(recipe, step)
     length, n_loops = draw(recipe, step)
     ids, targets = make_batch(recipe.batch, length, strings=recipe.strings, device=model.embed.weight.device)
-    scored = min(length, n_loops) if recipe.reachable_only else length
+    scored = min(length, recipe.reach * sum(recipe.config.shift_growth ** t for t in range(n_loops))) if recipe.reach else length
     logits, targets = model(ids, n_loops)[:, :scored].flatten(0, 1), targets[:, :scored].flatten()
     loss = F.cross_entropy(logits, targets)
     if not torch.isfinite(loss):
@@ -180,7 +181,9 @@ def draw(recipe: Recipe, step: int) -> tuple[int, int]:
     if recipe.curriculum:
         longest = max(3, min(longest, int(3 + step / recipe.steps / recipe.curriculum * longest)))
     length = int(torch.randint(shortest, longest + 1, ()))
-    return length, int(torch.randint(fewest, max(fewest, min(most, length + recipe.spare_loops)) + 1, ()))
+    if recipe.spare_loops is not None:
+        most = max(fewest, min(most, length + recipe.spare_loops))
+    return length, int(torch.randint(fewest, most + 1, ()))
 
 
 @torch.no_grad()

@@ -8,8 +8,9 @@ from mythos_core import KVCache, OpenMythos
 from mythos_core.config import tutorial_config
 from mythos_core.probes import cache_bytes
 
+shifts = st.sampled_from([{}, {"token_shift": True}, {"token_shift": True, "shift_growth": 2}])
 configs = st.builds(
-    tiny, st.sampled_from(["gqa", "mla"]), window=st.sampled_from([None, 1, 2, 5, 40]), token_shift=st.booleans(),
+    lambda shift, attn, **more: tiny(attn, **shift, **more), shifts, st.sampled_from(["gqa", "mla"]), window=st.sampled_from([None, 1, 2, 5, 40]),
     halting=st.sampled_from(["act", "act_remainder", "none"]), loop_embedding=st.booleans(), rope=st.booleans(), init_std=st.just(0.05))
 
 

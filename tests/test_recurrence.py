@@ -122,12 +122,13 @@ def test_loop_embedding_is_on_an_eighth_of_the_channels():
     assert torch.allclose(emb[:8], torch.cat([angle.sin(), angle.cos()])) and not emb[8:].any()
 
 
-def test_token_shift_takes_half_of_the_channels_from_the_position_before():
+@pytest.mark.parametrize("distance", [1, 2, 8, 2 ** 40])
+def test_token_shift_takes_half_of_the_channels_from_a_position_before(distance):
     model = OpenMythos(tiny(token_shift=True)).eval()
     z = torch.randn(2, 5, 32)
-    shifted = model.recurrent._shift(z, model.context(IDS), "loop.0")
+    shifted = model.recurrent._shift(z, model.context(IDS), "loop.0", distance)
     assert torch.equal(shifted[..., :16], z[..., :16])
-    assert torch.equal(shifted[:, 1:, 16:], z[:, :-1, 16:]) and not shifted[:, 0, 16:].any()
+    assert torch.equal(shifted[:, distance:, 16:], z[:, :-distance, 16:]) and not shifted[:, :distance, 16:].any()
 
 
 def test_a_random_start_is_for_half_of_the_strings_in_training_only():
@@ -177,3 +178,5 @@ def test_one_loop_reaches_no_further_than_its_window():
         model = OpenMythos(tiny(window=3, token_shift=shift, halting="none", init_std=0.3)).eval()
         differs = (model(ids, 4) != model(changed, 4)).any(-1)[0].nonzero().max()
         assert differs == 2 * (1 + 4 + 1) + 4 * shift
+    scan = OpenMythos(tiny(window=1, token_shift=True, shift_growth=2, halting="none", init_std=0.3)).eval()
+    assert (scan(ids, 4) != scan(changed, 4)).any(-1)[0].nonzero().max() == 1 + 2 + 4 + 8

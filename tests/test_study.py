@@ -43,7 +43,7 @@ def test_whole_strings_counts_strings_that_are_right_everywhere():
             self.ids = ids
             return super().forward(ids, *args, **kwargs)
 
-    assert study.whole_strings(Oracle(get_recipe("parity-extrapolating").config), 20, 5, strings=8) == 7 / 8
+    assert study.whole_strings(Oracle(get_recipe("parity-extrapolating").config), 20, 5, strings=4) == 3 / 4
 
 
 def test_rows_are_made_kept_and_not_made_again(tmp_path, monkeypatch, capsys):

@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mythos_core import OpenMythos, training
 from mythos_core.config import parity_config
@@ -83,12 +84,22 @@ def test_schedule_and_draws():
     recipe = get_recipe("parity-extrapolating")
     rates = [learning_rate(recipe, step) for step in range(recipe.steps)]
     assert rates[0] == pytest.approx(recipe.lr / 50) and rates[200] == recipe.lr and rates[-1] < 0.02 * recipe.lr
-    for step in (0, 60, 120, 239, 240, 599):
-        cap = min(16, max(3, int(3 + step / 240 * 16)))
+    for step in (0, 60, 120, 174, 175, 699):
+        cap = min(16, max(3, int(3 + step / 175 * 16)))
         lengths, loops = zip(*(draw(recipe, step) for _ in range(600)))
-        assert (min(lengths), max(lengths)) == (2, cap)
-        assert min(loops) == 1 and all(t <= min(16, length + 4) for length, t in zip(lengths, loops))
+        assert (min(lengths), max(lengths)) == (2, cap) and (min(loops), max(loops)) == (1, 16)
+    tied = [draw(replace(recipe, spare_loops=4), 699) for _ in range(600)]
+    assert all(t <= min(16, length + 4) for length, t in tied) and (2, 6) in tied
     assert {draw(get_recipe("parity-seed"), 0) for _ in range(9)} == {(24, 3)}
+
+
+@pytest.mark.parametrize("growth, reach, loops, scored", [(1, 1, 3, 3), (1, 2, 3, 6), (2, 1, 3, 7), (1, None, 3, 10), (2, 1, 9, 10)])
+def test_the_loss_sees_only_what_the_loops_reach(growth, reach, loops, scored, monkeypatch):
+    seen = []
+    monkeypatch.setattr(F, "cross_entropy", lambda logits, targets: seen.append(len(logits)) or (logits * 0).sum())
+    config = replace(SHORT.config, shift_growth=growth)
+    train(replace(SHORT, steps=1, batch=2, lengths=(10, 10), curriculum=0.0, loops=(loops, loops), reach=reach, config=config), progress=False)
+    assert seen == [2 * scored]
 
 
 def test_the_articles_recipe_is_the_articles():
