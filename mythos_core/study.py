@@ -5,6 +5,7 @@
 """
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -23,7 +24,7 @@ from mythos_core.training import Recipe, Run, commit, get_recipe, train
 RESULTS = Path(__file__).parent / "results"
 UNLOOPED = {"loops": (1, 1), "reach": None, "config.window": None, "config.token_shift": False}
 
-#: What each variant changes in the recipe; "config." marks the model's own fields.
+#: What each variant changes in the recipe ("parity-extrapolating", or its "base"); "config." marks the model's own fields.
 VARIANTS = {
     "the recipe": {},
     "token shift off": {"config.token_shift": False},
@@ -52,9 +53,13 @@ VARIANTS = {
     "no prelude, no coda": {"config.prelude_layers": 0, "config.coda_layers": 0},
     "not looped, equal parameters": UNLOOPED,
     "not looped, equal compute": {**UNLOOPED, "config.prelude_layers": 8, "config.coda_layers": 9},
-    "the article's recipe": None,
+    "the article's recipe": {"base": "parity-seed"},
+    "the scan": {"base": "parity-scan"},
+    "the scan, less noise": {"base": "parity-scan", "config.loop_noise": 0.1},
+    "the scan, with the carry": {"base": "parity-scan", "config.carry": True},
+    "the scan, window 4": {"base": "parity-scan", "config.window": 4},
 }
-LOOPS = {16: 32, 64: 96, 256: 300, 512: 600, 1024: 1100}     # loops given to strings of each length
+LOOPS = {16: 32, 64: 96, 256: 300, 512: 600, 1024: 1100}     # loops given to strings of each length; a scan gets 2 log2(length)
 CHUNK = 4  # strings of a pass: what they need between two operations stays in the processor's cache
 
 
@@ -62,12 +67,23 @@ def variant(name: str) -> Recipe:
     """The recipe of a variant; ValueError listing the names there are."""
     if name not in VARIANTS:
         raise ValueError(f"variant = {name!r}: must be one of {sorted(VARIANTS)}")
-    if VARIANTS[name] is None:
-        return get_recipe("parity-seed")
-    recipe = get_recipe("parity-extrapolating")
-    inner = {k.removeprefix("config."): v for k, v in VARIANTS[name].items() if k.startswith("config.")}
-    outer = {k: v for k, v in VARIANTS[name].items() if not k.startswith("config.")}
+    changes = dict(VARIANTS[name])
+    recipe = get_recipe(changes.pop("base", "parity-extrapolating"))
+    inner = {k.removeprefix("config."): v for k, v in changes.items() if k.startswith("config.")}
+    outer = {k: v for k, v in changes.items() if not k.startswith("config.")}
     return replace(recipe, **outer, config=replace(recipe.config, **inner))
+
+
+def span(recipe: Recipe, length: int) -> int:
+    """Loops in which the token shift alone brings news from the first to the last of `length` positions."""
+    return length if recipe.config.shift_growth == 1 else math.ceil(math.log(length, recipe.config.shift_growth))
+
+
+def loops_for(recipe: Recipe, length: int) -> int:
+    """Loops given to strings of a length: one if the recipe does not loop."""
+    if recipe.loops[1] == 1:
+        return 1
+    return LOOPS[length] if recipe.config.shift_growth == 1 else 2 * span(recipe, length)
 
 
 @torch.no_grad()
@@ -102,7 +118,7 @@ def first_at_one(run: Run) -> dict:
 
 def accuracy_row(run: Run) -> dict:
     """Whole-string accuracy at 16, 64, 256 and 512 bits, and loops needed at 64 (mean over strings; None if some never are whole)."""
-    loops = {length: LOOPS[length] if run.recipe.loops[1] > 1 else 1 for length in (16, 64, 256, 512)}
+    loops = {length: loops_for(run.recipe, length) for length in (16, 64, 256, 512)}
     ids = make_batch(16, 64, torch.Generator().manual_seed(64))[0]
     needed = depth_sweep(run.model, ids, answers(ids), loops[64]).loops_needed.amax(1)
     return {"whole": {str(length): whole_strings(run.model, length, n) for length, n in loops.items()}, "loops": {str(k): v for k, v in loops.items()},
@@ -110,16 +126,17 @@ def accuracy_row(run: Run) -> dict:
 
 
 def reach_row(run: Run) -> dict:
-    """Random strings to 1,024 bits; structured ones right at 2 and 3 times as many loops as bits; loops needed at 64 and 256 bits."""
-    model = run.model
-    row = {"whole": {str(length): whole_strings(model, length, LOOPS[length]) for length in (16, 512, 1024)}, "structured": {}, "needed": {}, "whole_4x": {}}
+    """Random strings to 1,024 bits; structured ones at 2 and 3 times the span of their length; loops needed to 256 bits."""
+    model, recipe = run.model, run.recipe
+    row = {"whole": {str(length): whole_strings(model, length, loops_for(recipe, length)) for length in (16, 512, 1024)}}
+    row |= {"structured": {}, "needed": {}, "whole_4x": {}}
     for length in (16, 64, 256, 512, 1024):
-        ids = torch.cat(list(structured(length).values()))
-        for times, whole in zip((2, 3), right(model, ids, [2 * length, 3 * length])):
+        ids, loops = torch.cat(list(structured(length).values())), span(recipe, length)
+        for times, whole in zip((2, 3), right(model, ids, [2 * loops, 3 * loops])):
             row["structured"][f"{length} bits, {times}x"] = dict(zip(structured(length), whole))
     for length in (16, 32, 64, 128, 256):
         strings = {"random": make_batch(16, length, torch.Generator().manual_seed(length))[0], **structured(length)}
-        sweeps = {name: depth_sweep(model, ids, answers(ids), 2 * length) for name, ids in strings.items()}
+        sweeps = {name: depth_sweep(model, ids, answers(ids), 2 * span(recipe, length)) for name, ids in strings.items()}
         row["needed"][str(length)] = {name: sweep.loops_needed.amax(1).float().mean().item() for name, sweep in sweeps.items()}
         row["whole_4x"][str(length)] = whole_strings(model, length, 4 * int(sweeps["random"].loops_needed.max()))
     return row

@@ -55,6 +55,11 @@ RECIPES = {recipe.name: recipe for recipe in (
                          init_std=64 ** -0.5, loop_noise=0.1, start_noise=4.0),
            steps=700, batch=32, lr=2e-3, betas=(0.9, 0.98), warmup=50, decay=0.4, lengths=(2, 16), curriculum=0.25, loops=(1, 16),
            strings="mixed", reach=1),
+    Recipe("parity-scan",
+           parity_config(vocab_size=4, max_seq_len=4096, halting="none", loop_embedding=False, lora_rank=0, window=1, token_shift=True,
+                         shift_growth=2, init_std=64 ** -0.5, loop_noise=0.4, carry=False),
+           steps=900, batch=32, lr=2e-3, betas=(0.9, 0.98), warmup=50, decay=0.4, lengths=(2, 16), curriculum=0.25, loops=(1, 5),
+           strings="mixed", reach=1),
 )}
 
 

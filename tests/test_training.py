@@ -76,7 +76,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
 
 
 def test_an_unknown_recipe_lists_those_there_are():
-    with pytest.raises(ValueError, match=r"'parity-extrapolating', 'parity-seed'"):
+    with pytest.raises(ValueError, match=r"'parity-extrapolating', 'parity-scan', 'parity-seed'"):
         train("parity", progress=False)
 
 
