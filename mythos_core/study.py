@@ -22,8 +22,19 @@ from mythos_core.probes import depth_sweep
 from mythos_core.training import Recipe, Run, commit, get_recipe, train
 
 RESULTS = Path(__file__).parent / "results"
+ARTICLE = {"base": "parity-seed", "config.max_seq_len": 4096}    # else it would refuse the long strings
 UNLOOPED = {"loops": (1, 1), "reach": None, "config.window": None, "config.token_shift": False}
 
+#: From the article's recipe to the working one, one step after the other; each step keeps those before it.
+STEPS = {
+    "halting, LoRA, loop embedding off": {"config.halting": "none", "config.lora_rank": 0, "config.loop_embedding": False},
+    "init, optimiser": {"config.init_std": 64 ** -0.5, "lr": 2e-3, "betas": (0.9, 0.98), "warmup": 50, "decay": 0.4, "batch": 32, "steps": 700},
+    "lengths and loops drawn, curriculum": {"lengths": (2, 16), "loops": (1, 16), "curriculum": 0.25},
+    "loss where the loops reach": {"reach": 1},
+    "window 4": {"config.window": 4},
+    "token shift": {"config.token_shift": True},
+    "mixed strings": {"strings": "mixed"},
+}
 #: What each variant changes in the recipe ("parity-extrapolating", or its "base"); "config." marks the model's own fields.
 VARIANTS = {
     "the recipe": {},
@@ -47,18 +58,20 @@ VARIANTS = {
     "no noise in the loop": {"config.loop_noise": 0.0},
     "always started at e": {"config.start_noise": 0.0},
     "loops tied to length": {"spare_loops": 4},
-    "asked for 2 positions a loop": {"reach": 2},
     "asked for 4 positions a loop": {"reach": 4},
     "window 8, asked for 4 positions a loop": {"config.window": 8, "reach": 4},
     "no prelude, no coda": {"config.prelude_layers": 0, "config.coda_layers": 0},
     "not looped, equal parameters": UNLOOPED,
     "not looped, equal compute": {**UNLOOPED, "config.prelude_layers": 8, "config.coda_layers": 9},
-    "the article's recipe": {"base": "parity-seed"},
+    "the article's recipe": ARTICLE,
     "the scan": {"base": "parity-scan"},
     "the scan, less noise": {"base": "parity-scan", "config.loop_noise": 0.1},
     "the scan, with the carry": {"base": "parity-scan", "config.carry": True},
     "the scan, window 4": {"base": "parity-scan", "config.window": 4},
 }
+_so_far = ARTICLE
+for _step, _changes in STEPS.items():
+    VARIANTS[f"+ {_step}"] = _so_far = {**_so_far, **_changes}
 LOOPS = {16: 32, 64: 96, 256: 300, 512: 600, 1024: 1100}     # loops given to strings of each length; a scan gets 2 log2(length)
 CHUNK = 4  # strings of a pass: what they need between two operations stays in the processor's cache
 
@@ -116,12 +129,16 @@ def first_at_one(run: Run) -> dict:
     return {name: stays[0][name] if stays else None for name in ("step", "seconds")}
 
 
+@torch.no_grad()
 def accuracy_row(run: Run) -> dict:
-    """Whole-string accuracy at 16, 64, 256 and 512 bits, and loops needed at 64 (mean over strings; None if some never are whole)."""
+    """Whole-string accuracy at 16, 64, 256 and 512 bits; token accuracy as trained (longest length, most loops); loops needed at 64
+    bits (mean over strings; None if some never are whole)."""
     loops = {length: loops_for(run.recipe, length) for length in (16, 64, 256, 512)}
+    trained, targets = make_batch(256, run.recipe.lengths[1], torch.Generator().manual_seed(2 ** 31))
     ids = make_batch(16, 64, torch.Generator().manual_seed(64))[0]
     needed = depth_sweep(run.model, ids, answers(ids), loops[64]).loops_needed.amax(1)
     return {"whole": {str(length): whole_strings(run.model, length, n) for length, n in loops.items()}, "loops": {str(k): v for k, v in loops.items()},
+            "token": (run.model(trained, run.recipe.loops[1]).argmax(-1) == targets).float().mean().item(),
             "needed": needed.float().mean().item() if needed.max() <= loops[64] else None}
 
 
