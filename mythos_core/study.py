@@ -28,9 +28,9 @@ UNLOOPED = {"loops": (1, 1), "reach": None, "config.window": None, "config.token
 #: From the article's recipe to the working one, one step after the other; each step keeps those before it.
 STEPS = {
     "halting, LoRA, loop embedding off": {"config.halting": "none", "config.lora_rank": 0, "config.loop_embedding": False},
-    "init, optimiser": {"config.init_std": 64 ** -0.5, "lr": 2e-3, "betas": (0.9, 0.98), "warmup": 50, "decay": 0.4, "batch": 32, "steps": 700},
-    "lengths and loops drawn, curriculum": {"lengths": (2, 16), "loops": (1, 16), "curriculum": 0.25},
-    "loss where the loops reach": {"reach": 1},
+    "init, optimiser": {"config.init_std": 64 ** -0.5, "lr": 2e-3, "betas": (0.9, 0.98), "warmup": 50, "decay": 0.8, "batch": 40},
+    "lengths and loops drawn, curriculum": {"lengths": (9, 16), "loops": (1, 16), "curriculum": 0.25},
+    "loss where the loops reach": {"reach": 1.5},
     "window 4": {"config.window": 4},
     "token shift": {"config.token_shift": True},
     "mixed strings": {"strings": "mixed"},
@@ -58,8 +58,9 @@ VARIANTS = {
     "no noise in the loop": {"config.loop_noise": 0.0},
     "always started at e": {"config.start_noise": 0.0},
     "loops tied to length": {"spare_loops": 4},
-    "asked for 4 positions a loop": {"reach": 4},
-    "window 8, asked for 4 positions a loop": {"config.window": 8, "reach": 4},
+    "asked for 1 position a loop": {"reach": 1.0},
+    "asked for 3 positions a loop": {"reach": 3.0},
+    "window 8, asked for 5 positions a loop": {"config.window": 8, "reach": 5.0},
     "no prelude, no coda": {"config.prelude_layers": 0, "config.coda_layers": 0},
     "not looped, equal parameters": UNLOOPED,
     "not looped, equal compute": {**UNLOOPED, "config.prelude_layers": 8, "config.coda_layers": 9},
@@ -122,11 +123,12 @@ def whole_strings(model: OpenMythos, length: int, n_loops: int, strings: int = 1
     return sum(right(model, ids, [n_loops])[0]) / strings
 
 
-def first_at_one(run: Run) -> dict:
-    """Step and seconds at which held-out 16-bit strings were first all whole, and stayed so."""
+def when_whole(run: Run) -> dict:
+    """Step and seconds at which held-out strings of the longest trained length were `first` all whole, and from which on they `stayed` so."""
     rows = [row for row in run.history if "held_out" in row]
-    stays = [row for i, row in enumerate(rows) if all(later["held_out"] == 1.0 for later in rows[i:])]
-    return {name: stays[0][name] if stays else None for name in ("step", "seconds")}
+    first = [row for row in rows if row["held_out"] == 1.0]
+    stayed = [row for i, row in enumerate(rows) if all(later["held_out"] == 1.0 for later in rows[i:])]
+    return {name: {key: found[0][key] for key in ("step", "seconds")} if found else None for name, found in (("first", first), ("stayed", stayed))}
 
 
 @torch.no_grad()
@@ -165,7 +167,7 @@ def run_one(job: tuple[str, int, bool]) -> dict:
     torch.set_num_threads(1)
     run = train(variant(name), seed, progress=False)
     return {
-        "variant": name, "seed": seed, **(reach_row if reach else accuracy_row)(run), "first_at_one": first_at_one(run),
+        "variant": name, "seed": seed, **(reach_row if reach else accuracy_row)(run), "when_whole": when_whole(run),
         "train_seconds": run.history[-1]["seconds"], "parameters": sum(p.numel() for p in run.model.parameters()),
         "recipe": asdict(run.recipe), "command": f"python -m mythos_core.study {'--reach ' if reach else ''}--variant '{name}' --seeds {seed}",
         "commit": commit(), "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__}}

@@ -40,12 +40,13 @@ class Recipe:
     warmup: int = 0                         # steps over which the learning rate rises to lr
     decay: float = 0.0                      # last fraction of the steps, over which it falls to 0.01 lr
     lengths: tuple[int, int] = (24, 24)     # shortest and longest string; a length is drawn uniformly for each step
-    curriculum: float = 0.0                 # first fraction of the steps, over which the longest length grows from 3
+    curriculum: float = 0.0                 # first fraction of the steps, over which the longest length grows from 3; the shortest is at most that
     loops: tuple[int, int] = (3, 3)         # fewest and most loops, drawn uniformly ...
     spare_loops: int | None = None          # ... but at most the length and this many; None = however many
     strings: str = "uniform"                # of `parity.make_batch`
-    reach: int | None = None                # score only as far as T loops can reach: `reach` times the way the token shift goes in them,
-    #                                         1 + g + ... + g^(T - 1) with g = shift_growth; None = all positions
+    reach: float | None = None              # score only as far as T loops reach: `reach` times the way the token shift goes in them,
+    #                                         1 + g + ... + g^(T - 1) with g = shift_growth; None = all positions. This sets the speed
+    #                                         that is learned: what is scored must be answered in time
 
 
 RECIPES = {recipe.name: recipe for recipe in (
@@ -53,13 +54,13 @@ RECIPES = {recipe.name: recipe for recipe in (
     Recipe("parity-extrapolating",
            parity_config(vocab_size=4, max_seq_len=4096, halting="none", loop_embedding=False, lora_rank=0, window=4, token_shift=True,
                          init_std=64 ** -0.5, loop_noise=0.1, start_noise=4.0),
-           steps=700, batch=32, lr=2e-3, betas=(0.9, 0.98), warmup=50, decay=0.4, lengths=(2, 16), curriculum=0.25, loops=(1, 16),
-           strings="mixed", reach=1),
+           batch=40, lr=2e-3, betas=(0.9, 0.98), warmup=50, decay=0.8, lengths=(9, 16), curriculum=0.25, loops=(1, 16),
+           strings="mixed", reach=1.5),
     Recipe("parity-scan",
            parity_config(vocab_size=4, max_seq_len=4096, halting="none", loop_embedding=False, lora_rank=0, window=1, token_shift=True,
                          shift_growth=2, init_std=64 ** -0.5, loop_noise=0.4, carry=False),
            steps=900, batch=32, lr=2e-3, betas=(0.9, 0.98), warmup=50, decay=0.4, lengths=(2, 16), curriculum=0.25, loops=(1, 5),
-           strings="mixed", reach=1),
+           strings="mixed", reach=1.0),
 )}
 
 
@@ -160,7 +161,8 @@ def _step(model, optimizer, recipe, step) -> dict:
         group["lr"] = learning_rate(recipe, step)
     length, n_loops = draw(recipe, step)
     ids, targets = make_batch(recipe.batch, length, strings=recipe.strings, device=model.embed.weight.device)
-    scored = min(length, recipe.reach * sum(recipe.config.shift_growth ** t for t in range(n_loops))) if recipe.reach else length
+    way = sum(recipe.config.shift_growth ** t for t in range(n_loops))
+    scored = min(length, int(recipe.reach * way)) if recipe.reach else length
     logits, targets = model(ids, n_loops)[:, :scored].flatten(0, 1), targets[:, :scored].flatten()
     loss = F.cross_entropy(logits, targets)
     if not torch.isfinite(loss):
@@ -185,7 +187,7 @@ def draw(recipe: Recipe, step: int) -> tuple[int, int]:
     (shortest, longest), (fewest, most) = recipe.lengths, recipe.loops
     if recipe.curriculum:
         longest = max(3, min(longest, int(3 + step / recipe.steps / recipe.curriculum * longest)))
-    length = int(torch.randint(shortest, longest + 1, ()))
+    length = int(torch.randint(min(shortest, longest), longest + 1, ()))
     if recipe.spare_loops is not None:
         most = max(fewest, min(most, length + recipe.spare_loops))
     return length, int(torch.randint(fewest, most + 1, ()))

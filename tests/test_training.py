@@ -83,17 +83,17 @@ def test_an_unknown_recipe_lists_those_there_are():
 def test_schedule_and_draws():
     recipe = get_recipe("parity-extrapolating")
     rates = [learning_rate(recipe, step) for step in range(recipe.steps)]
-    assert rates[0] == pytest.approx(recipe.lr / 50) and rates[200] == recipe.lr and rates[-1] < 0.02 * recipe.lr
-    for step in (0, 60, 120, 174, 175, 699):
-        cap = min(16, max(3, int(3 + step / 175 * 16)))
+    assert rates[0] == pytest.approx(recipe.lr / 50) and rates[119] == recipe.lr and rates[-1] < 0.02 * recipe.lr
+    for step in (0, 60, 120, 149, 150, 599):
+        cap = min(16, max(3, int(3 + step / 150 * 16)))
         lengths, loops = zip(*(draw(recipe, step) for _ in range(600)))
-        assert (min(lengths), max(lengths)) == (2, cap) and (min(loops), max(loops)) == (1, 16)
-    tied = [draw(replace(recipe, spare_loops=4), 699) for _ in range(600)]
+        assert (min(lengths), max(lengths)) == (min(9, cap), cap) and (min(loops), max(loops)) == (1, 16)
+    tied = [draw(replace(recipe, spare_loops=4, lengths=(2, 16)), 599) for _ in range(600)]
     assert all(t <= min(16, length + 4) for length, t in tied) and (2, 6) in tied
     assert {draw(get_recipe("parity-seed"), 0) for _ in range(9)} == {(24, 3)}
 
 
-@pytest.mark.parametrize("growth, reach, loops, scored", [(1, 1, 3, 3), (1, 2, 3, 6), (2, 1, 3, 7), (1, None, 3, 10), (2, 1, 9, 10)])
+@pytest.mark.parametrize("growth, reach, loops, scored", [(1, 1.0, 3, 3), (1, 1.5, 3, 4), (2, 1.0, 3, 7), (1, None, 3, 10), (2, 1.0, 9, 10)])
 def test_the_loss_sees_only_what_the_loops_reach(growth, reach, loops, scored, monkeypatch):
     seen = []
     monkeypatch.setattr(F, "cross_entropy", lambda logits, targets: seen.append(len(logits)) or (logits * 0).sum())
