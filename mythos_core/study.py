@@ -131,16 +131,15 @@ def when_whole(run: Run) -> dict:
     return {name: {key: found[0][key] for key in ("step", "seconds")} if found else None for name, found in (("first", first), ("stayed", stayed))}
 
 
-@torch.no_grad()
 def accuracy_row(run: Run) -> dict:
-    """Whole-string accuracy at 16, 64, 256 and 512 bits; token accuracy as trained (longest length, most loops); loops needed at 64
-    bits (mean over strings; None if some never are whole)."""
+    """Whole-string accuracy at 16, 64, 256 and 512 bits; token accuracy as trained (longest length, most loops) and the loops executed
+    there when max_loop_iters are asked for; loops needed at 64 bits (mean over strings; None if some never are whole)."""
     loops = {length: loops_for(run.recipe, length) for length in (16, 64, 256, 512)}
-    trained, targets = make_batch(256, run.recipe.lengths[1], torch.Generator().manual_seed(2 ** 31))
+    trained = depth_sweep(run.model, *make_batch(256, run.recipe.lengths[1], torch.Generator().manual_seed(2 ** 31)), run.recipe.config.max_loop_iters)
     ids = make_batch(16, 64, torch.Generator().manual_seed(64))[0]
     needed = depth_sweep(run.model, ids, answers(ids), loops[64]).loops_needed.amax(1)
     return {"whole": {str(length): whole_strings(run.model, length, n) for length, n in loops.items()}, "loops": {str(k): v for k, v in loops.items()},
-            "token": (run.model(trained, run.recipe.loops[1]).argmax(-1) == targets).float().mean().item(),
+            "token": trained.token[run.recipe.loops[1] - 1].item(), "executed": int(trained.executed[-1]),
             "needed": needed.float().mean().item() if needed.max() <= loops[64] else None}
 
 
