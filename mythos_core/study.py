@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import platform
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy
@@ -104,7 +105,7 @@ def loops_for(recipe: Recipe, length: int) -> int:
 def right(model: OpenMythos, ids, loops: list[int]) -> list[list[bool]]:
     """For each number of loops, from one pass of the largest: which strings are right at every position."""
     if len(ids) > CHUNK:
-        return [sum(parts, []) for parts in zip(*(right(model, chunk, loops) for chunk in ids.split(CHUNK)))]
+        return [list(chain(*parts)) for parts in zip(*(right(model, chunk, loops) for chunk in ids.split(CHUNK)))]
     outputs = {}
 
     def look(record):
