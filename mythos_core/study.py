@@ -57,6 +57,7 @@ VARIANTS = {
     "norm after the loop": {"config.loop_norm": True},
     "uniform strings": {"strings": "uniform"},
     "no noise in the loop": {"config.loop_noise": 0.0},
+    "a third of the noise": {"config.loop_noise": 0.1},
     "always started at e": {"config.start_noise": 0.0},
     "loops tied to length": {"spare_loops": 4},
     "asked for 1 position a loop": {"reach": 1.0},
