@@ -7,8 +7,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-#: Okabe and Ito's colour-blind safe palette, one colour for one thing in every notebook.
-COLOURS = {"article": "#D55E00", "extrapolating": "#0072B2", "scan": "#009E73", "gqa": "#E69F00", "mla": "#009E73", "reference": "#999999", "accent": "#CC79A7"}
+#: Okabe and Ito's colour-blind safe palette (and Tol's wine), one colour for one thing in every notebook.
+COLOURS = {"article": "#D55E00", "extrapolating": "#0072B2", "scan": "#882255", "gqa": "#E69F00", "mla": "#009E73", "reference": "#999999", "accent": "#CC79A7"}
 
 STYLE = {
     "figure.figsize": (7, 3.6), "figure.dpi": 100, "savefig.dpi": 130, "figure.constrained_layout.use": True,

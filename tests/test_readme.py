@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from mythos_core import study
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -27,6 +29,12 @@ def spectrum():
     return f"A = {d['untrained_rho_A']:.2f}, yet the loop's Jacobian has radius {d['untrained_rho_J'][0]:.2f}"
 
 
+def reached():
+    rows = [row for row in study.load(study.RESULTS / "reach.json") if row["variant"] == "the recipe"]
+    assert len(rows) == 10
+    return sum(row["whole"]["1024"] == 1.0 for row in rows)
+
+
 def generation(bits, loops):
     d = figure("generation_exact_match")
     return d["exact_match"][d["prompt_bits"].index(bits)][d["loops"].index(loops)]
@@ -41,8 +49,9 @@ CLAIMS = {
     "halting": lambda: f"{figure('act_heatmap')['asked']} asked for, {figure('act_heatmap')['executed']} executed",
     "depth": lambda: f"from {percent(figure('depth_extrapolation')['whole_string_accuracy']['64'][15])} of 64-bit strings at 16 loops to "
                      f"{percent(figure('depth_extrapolation')['whole_at_last_loop']['64'])} at {figure('depth_extrapolation')['all_whole_from_loop']['64']}",
+    "seeds": lambda: f"{reached()} of 10 seeds whole at 1,024 bits, {figure('frontier_speed')['positions_per_loop']:.2f} positions a loop",
+    "scan": lambda: f"{figure('log_loops')['scan_needed'][figure('log_loops')['lengths'].index(1024)]} loops for 1,024 bits",
     "balance": lambda: "from {} to {}".format(*(", ".join(f"{v:.2f}" for v in figure("balance")[f"{k}_violation"]) for k in ("off", "on"))),
-    "speed": lambda: f"{figure('frontier_speed')['positions_per_loop']:.2f} positions a loop",
     "generation": lambda: f"{percent(generation(64, 16))} at 16 loops, {percent(generation(64, 96))} at 96",
     "article": lambda: f"article: {percent(sum(figure('training_article')['token_accuracy'][-50:]) / 50)} of tokens",
 }
@@ -55,7 +64,7 @@ def test_the_readme_says_what_the_figures_say(claim):
 
 def test_bounds_in_prose_hold():
     assert max(figure("loops_article")["token_accuracy"]) < 0.60
-    assert figure("depth_extrapolation")["whole_at_last_loop"]["256"] == 1.0
+    assert figure("depth_extrapolation")["whole_at_last_loop"]["1024"] == 1.0
     recipe = figure("training_recipe")
     assert recipe["held_out_step"][-1] == 250 and min(seed[-1] for seed in recipe["whole_16_bits"]) == 1.0
 

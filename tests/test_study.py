@@ -1,12 +1,14 @@
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from conftest import tiny
 
 from mythos_core import OpenMythos, study
+from mythos_core.model import PRETRAINED, shipped
 from mythos_core.parity import answers, make_batch
+from mythos_core.probes import depth_sweep
 from mythos_core.training import get_recipe
 
 
@@ -66,6 +68,55 @@ def test_rows_are_made_kept_and_not_made_again(tmp_path, monkeypatch, capsys):
     before = file.read_text()
     study.main(["--variant", "NoPE", "--seeds", "0:2", "--out", str(file)])
     assert file.read_text() == before                        # nothing was missing
+
+
+@pytest.fixture(params=["reach", "ablations"])
+def committed(request):
+    return study.load(study.RESULTS / f"{request.param}.json")
+
+
+def test_committed_rows_are_of_the_recipes_there_are(committed):
+    assert committed
+    for row in committed:
+        assert row["recipe"] == json.loads(json.dumps(asdict(study.variant(row["variant"])))), row["variant"]
+        assert f"--variant '{row['variant']}' --seeds {row['seed']}" in row["command"]
+        assert len(row["commit"]) == 40 and {"python", "torch", "numpy"} == set(row["versions"])
+    assert len({(row["variant"], row["seed"]) for row in committed}) == len(committed)
+
+
+@pytest.mark.parametrize("name", ["the recipe", "the scan"])
+def test_ten_seeds_reach_1024_bits(name):
+    rows = [row for row in study.load(study.RESULTS / "reach.json") if row["variant"] == name]
+    assert [row["seed"] for row in rows] == list(range(10))
+    for row in rows:
+        assert min(row["whole"].values()) >= 0.99 and min(row["whole_4x"].values()) == 1.0
+        assert all(all(by_name.values()) for by_name in row["structured"].values())
+    assert sum(max(row["needed"]["256"].values()) <= 256 for row in rows) >= 9
+
+
+def median_seed(rows, value):
+    """The seed of the median; of two in the middle, the one with the lower value."""
+    return sorted(rows, key=lambda row: (value(row), row["seed"]))[(len(rows) - 1) // 2]["seed"]
+
+
+def test_the_shipped_models_are_the_median_seeds():
+    rows = {"parity-extrapolating": [row for row in study.load(study.RESULTS / "reach.json") if row["variant"] == "the recipe"],
+            "parity-seed": [row for row in study.load(study.RESULTS / "ablations.json") if row["variant"] == "the article's recipe"]}
+    values = {"parity-extrapolating": lambda row: row["needed"]["256"]["random"], "parity-seed": lambda row: row["executed"]}
+    for name in shipped():
+        about = json.loads((PRETRAINED / name / "config.json").read_text())["provenance"]
+        assert about["seed"] == median_seed(rows[name], values[name])
+        assert about["recipe"] | {"config": None} == json.loads(json.dumps(asdict(get_recipe(name)))) | {"config": None}
+
+
+def test_the_shipped_model_does_what_its_committed_row_says():
+    model = OpenMythos.from_pretrained("parity-extrapolating")
+    seed = json.loads((PRETRAINED / "parity-extrapolating" / "config.json").read_text())["provenance"]["seed"]
+    (row,) = [row for row in study.load(study.RESULTS / "reach.json") if row["variant"] == "the recipe" and row["seed"] == seed]
+    for length in (16, 64, 256):
+        ids = make_batch(16, length, torch.Generator().manual_seed(length))[0]
+        needed = depth_sweep(model, ids, answers(ids), length).loops_needed.amax(1).float().mean().item()
+        assert needed == pytest.approx(row["needed"][str(length)]["random"], rel=0.02)
 
 
 def test_an_unknown_variant_is_refused_before_any_work(tmp_path, capsys):

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 
 from mythos_core import OpenMythos, training
 from mythos_core.config import parity_config
+from mythos_core.model import PRETRAINED, shipped
 from mythos_core.parity import make_batch
-from mythos_core.training import RECIPES, Recipe, draw, get_recipe, held_out, learning_rate, main, train
+from mythos_core.training import Recipe, draw, get_recipe, held_out, learning_rate, main, train
 
 SHORT = replace(get_recipe("parity-extrapolating"), steps=12)
 
@@ -115,12 +116,12 @@ def test_balance_is_part_of_a_step():
 
 def test_the_recipe_learns_16_bits_for_real():
     """A third of the recipe, trained from scratch: every 16-bit string whole. (Seeds 0-4 all get there by step 200.)"""
-    run = train(replace(get_recipe("parity-extrapolating"), steps=250), seed=0, progress=False)
+    run = train(replace(get_recipe("parity-extrapolating"), steps=300), seed=0, progress=False)
     assert held_out(run.model, run.recipe) == 1.0
     assert run.history[-1]["held_out"] == 1.0 and run.history[0]["loss"] > 0.5
 
 
-@pytest.mark.parametrize("length, n_loops", [(16, 32), (64, 80), (128, 150)])
+@pytest.mark.parametrize("length, n_loops", [(16, 16), (64, 64), (128, 128)])
 def test_the_shipped_model_extrapolates(length, n_loops):
     ids, targets = make_batch(64, length, torch.Generator().manual_seed(length))
     with torch.no_grad():
@@ -128,11 +129,10 @@ def test_the_shipped_model_extrapolates(length, n_loops):
     assert right.all()
 
 
-def test_the_shipped_models_reach_what_their_provenance_says():
-    for name in RECIPES:
-        from mythos_core.model import PRETRAINED
-        metrics = json.loads((PRETRAINED / name / "config.json").read_text())["provenance"]["metrics"]
-        assert held_out(OpenMythos.from_pretrained(name), get_recipe(name)) == pytest.approx(metrics["held_out"], abs=0.01)
+@pytest.mark.parametrize("name", shipped())
+def test_the_shipped_models_reach_what_their_provenance_says(name):
+    metrics = json.loads((PRETRAINED / name / "config.json").read_text())["provenance"]["metrics"]
+    assert held_out(OpenMythos.from_pretrained(name), get_recipe(name)) == pytest.approx(metrics["held_out"], abs=0.01)
 
 
 def test_command_line(tmp_path, capsys):
