@@ -50,7 +50,7 @@ CLAIMS = {
     "depth": lambda: f"from {percent(figure('depth_extrapolation')['whole_string_accuracy']['64'][15])} of 64-bit strings at 16 loops to "
                      f"{percent(figure('depth_extrapolation')['whole_at_last_loop']['64'])} at {figure('depth_extrapolation')['all_whole_from_loop']['64']}",
     "seeds": lambda: f"{reached()} of 10 seeds whole at 1,024 bits, {figure('frontier_speed')['positions_per_loop']:.2f} positions a loop",
-    "scan": lambda: f"{figure('log_loops')['scan_needed'][figure('log_loops')['lengths'].index(1024)]} loops for 1,024 bits",
+    "scan": lambda: f"{figure('log_loops')['scan_needed']['1024']} loops for 1,024 bits",
     "balance": lambda: "from {} to {}".format(*(", ".join(f"{v:.2f}" for v in figure("balance")[f"{k}_violation"]) for k in ("off", "on"))),
     "generation": lambda: f"{percent(generation(64, 16))} at 16 loops, {percent(generation(64, 96))} at 96",
     "article": lambda: f"article: {percent(sum(figure('training_article')['token_accuracy'][-50:]) / 50)} of tokens",
