@@ -6,21 +6,21 @@
 import argparse
 import json
 import math
-import multiprocessing
 import os
 import platform
 from dataclasses import asdict, replace
-from itertools import chain
 from pathlib import Path
 
 import numpy
 import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from mythos_core.model import OpenMythos
 from mythos_core.parity import answers, make_batch, structured
 from mythos_core.probes import depth_sweep
-from mythos_core.training import Recipe, Run, commit, get_recipe, train
+from mythos_core.training import Recipe, Run, commit, get_recipe, in_processes, train
 
 RESULTS = Path(__file__).parent / "results"
 ARTICLE = {"base": "parity-seed", "config.max_seq_len": 4096}    # else it would refuse the long strings
@@ -76,7 +76,7 @@ _so_far = ARTICLE
 for _step, _changes in STEPS.items():
     VARIANTS[f"+ {_step}"] = _so_far = {**_so_far, **_changes}
 LOOPS = {16: 32, 64: 96, 256: 300, 512: 600, 1024: 1100}     # loops given to strings of each length; a scan gets 2 log2(length)
-CHUNK = 4  # strings of a pass: what they need between two operations stays in the processor's cache
+TOKENS = 2048  # of a pass: what they need between two operations stays in the processor's cache
 
 
 def variant(name: str) -> Recipe:
@@ -103,10 +103,10 @@ def loops_for(recipe: Recipe, length: int) -> int:
 
 
 @torch.no_grad()
-def right(model: OpenMythos, ids, loops: list[int]) -> list[list[bool]]:
-    """For each number of loops, from one pass of the largest: which strings are right at every position."""
-    if len(ids) > CHUNK:
-        return [list(chain(*parts)) for parts in zip(*(right(model, chunk, loops) for chunk in ids.split(CHUNK)))]
+def right(model: OpenMythos, ids: Int[Tensor, "batch seq"], loops: list[int]) -> Bool[Tensor, "loops batch seq"]:
+    """Which answers are right after each of these numbers of loops, from one pass of the largest."""
+    if ids.numel() > TOKENS and len(ids) > 1:
+        return torch.cat([right(model, part, loops) for part in ids.split(max(1, TOKENS // ids.shape[1]))], 1)
     outputs = {}
 
     def look(record):
@@ -116,13 +116,13 @@ def right(model: OpenMythos, ids, loops: list[int]) -> list[list[bool]]:
 
     model.eval()(ids, max(loops), observer=look)
     ctx = model.context(ids)                                    # a model that halted before has its last answer at all later loops
-    return [(model.decode(outputs.get(n, outputs["last"]), ctx).argmax(-1) == answers(ids)).all(1).tolist() for n in loops]
+    return torch.stack([model.decode(outputs.get(n, outputs["last"]), ctx).argmax(-1) == answers(ids) for n in loops])
 
 
 def whole_strings(model: OpenMythos, length: int, n_loops: int, strings: int = 16) -> float:
     """Share of `strings` fresh uniform strings that are right at every position."""
     ids, _ = make_batch(strings, length, torch.Generator().manual_seed(2 ** 31 + length))
-    return sum(right(model, ids, [n_loops])[0]) / strings
+    return right(model, ids, [n_loops]).all(2).float().mean().item()
 
 
 def when_whole(run: Run) -> dict:
@@ -152,7 +152,7 @@ def reach_row(run: Run) -> dict:
     row |= {"structured": {}, "needed": {}, "whole_4x": {}}
     for length in (16, 64, 256, 512, 1024):
         ids, loops = torch.cat(list(structured(length).values())), span(recipe, length)
-        for times, whole in zip((2, 3), right(model, ids, [2 * loops, 3 * loops])):
+        for times, whole in zip((2, 3), right(model, ids, [2 * loops, 3 * loops]).all(2).tolist()):
             row["structured"][f"{length} bits, {times}x"] = dict(zip(structured(length), whole))
     for length in (16, 32, 64, 128, 256):
         strings = {"random": make_batch(16, length, torch.Generator().manual_seed(length))[0], **structured(length)}
@@ -165,7 +165,6 @@ def reach_row(run: Run) -> dict:
 def run_one(job: tuple[str, int, bool]) -> dict:
     """Train one variant with one seed and measure it."""
     name, seed, reach = job
-    torch.set_num_threads(1)
     run = train(variant(name), seed, progress=False)
     return {
         "variant": name, "seed": seed, **(reach_row if reach else accuracy_row)(run), "when_whole": when_whole(run),
@@ -206,11 +205,9 @@ def main(argv=None):
     file = args.out or RESULTS / ("reach.json" if args.reach else "ablations.json")
     done = {(row["variant"], row["seed"]) for row in load(file)}
     jobs = [(name, seed, args.reach) for seed in seeds for name in names if (name, seed) not in done]
-    with multiprocessing.get_context("spawn").Pool(args.workers) as pool, tqdm(total=len(jobs), unit="run") as bar:
-        for row in pool.imap_unordered(run_one, jobs):
-            append(file, row)
-            bar.set_postfix_str(f"{row['variant']} seed {row['seed']}: {row['whole']}")
-            bar.update()
+    for _, row in in_processes(run_one, jobs, args.workers):
+        append(file, row)
+        tqdm.write(f"{row['variant']} seed {row['seed']}: {row['whole']}")
 
 
 if __name__ == "__main__":

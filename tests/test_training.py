@@ -9,7 +9,7 @@ from mythos_core import OpenMythos, training
 from mythos_core.config import parity_config
 from mythos_core.model import PRETRAINED, shipped
 from mythos_core.parity import make_batch
-from mythos_core.training import Recipe, draw, get_recipe, held_out, learning_rate, main, train
+from mythos_core.training import Recipe, draw, get_recipe, held_out, learning_rate, main, train, train_all
 
 SHORT = replace(get_recipe("parity-extrapolating"), steps=12)
 
@@ -74,6 +74,18 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     (tmp_path / "checkpoint.safetensors").write_bytes(b"torn")
     with pytest.raises(OSError, match=r"checkpoint.safetensors: damaged"):
         train(SHORT, 1, progress=False, out=tmp_path, resume=True)
+
+
+def test_runs_in_processes_are_the_runs_alone():
+    jobs = [(replace(SHORT, steps=3), 0), (replace(SHORT, steps=2), 1), (replace(SHORT, steps=2), 1)]
+    runs = train_all(jobs, progress=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for (recipe, seed), run in zip(jobs, runs):
+        assert (run.recipe, run.seed) == (recipe, seed) and same(run, train(recipe, seed, progress=False))
+    torch.set_num_threads(threads)
+    with pytest.raises(ValueError, match="recipe = 'parity'"):
+        train_all([("parity", 0)], progress=False)
 
 
 def test_an_unknown_recipe_lists_those_there_are():
