@@ -2,6 +2,7 @@
 
     python -m mythos_core.study --seeds 0:5 --workers 2            # ablations; goes on where it was stopped
     python -m mythos_core.study --reach --seeds 0:10 --workers 2   # the recipe alone, up to 1,024 bits
+    python -m mythos_core.study --pace --seeds 0:10                # how long its training takes, one run at a time
 """
 import argparse
 import json
@@ -119,10 +120,14 @@ def right(model: OpenMythos, ids: Int[Tensor, "batch seq"], loops: list[int]) ->
     return torch.stack([model.decode(outputs.get(n, outputs["last"]), ctx).argmax(-1) == answers(ids) for n in loops])
 
 
+def fresh_strings(length: int, strings: int = 16) -> Int[Tensor, "strings length"]:
+    """The uniform strings on which all runs are tested."""
+    return make_batch(strings, length, torch.Generator().manual_seed(2 ** 31 + length))[0]
+
+
 def whole_strings(model: OpenMythos, length: int, n_loops: int, strings: int = 16) -> float:
-    """Share of `strings` fresh uniform strings that are right at every position."""
-    ids, _ = make_batch(strings, length, torch.Generator().manual_seed(2 ** 31 + length))
-    return right(model, ids, [n_loops]).all(2).float().mean().item()
+    """Share of `fresh_strings` that are right at every position."""
+    return right(model, fresh_strings(length, strings), [n_loops]).all(2).float().mean().item()
 
 
 def when_whole(run: Run) -> dict:
@@ -162,14 +167,23 @@ def reach_row(run: Run) -> dict:
     return row
 
 
-def run_one(job: tuple[str, int, bool]) -> dict:
-    """Train one variant with one seed and measure it."""
-    name, seed, reach = job
+def pace_row(run: Run) -> dict:
+    """Nothing but what every row has: when held-out strings were whole, and how long the training took."""
+    return {"threads": torch.get_num_threads()}
+
+
+MEASURES = {"ablations": accuracy_row, "reach": reach_row, "pace": pace_row}
+
+
+def run_one(job: tuple[str, int, str]) -> dict:
+    """Train one variant with one seed and measure it by one of `MEASURES`."""
+    name, seed, measure = job
     run = train(variant(name), seed, progress=False)
+    flag = "" if measure == "ablations" else f"--{measure} "
     return {
-        "variant": name, "seed": seed, **(reach_row if reach else accuracy_row)(run), "when_whole": when_whole(run),
+        "variant": name, "seed": seed, **MEASURES[measure](run), "when_whole": when_whole(run),
         "train_seconds": run.history[-1]["seconds"], "parameters": sum(p.numel() for p in run.model.parameters()),
-        "recipe": asdict(run.recipe), "command": f"python -m mythos_core.study {'--reach ' if reach else ''}--variant '{name}' --seeds {seed}",
+        "recipe": asdict(run.recipe), "command": f"python -m mythos_core.study {flag}--variant '{name}' --seeds {seed}",
         "commit": commit(), "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__}}
 
 
@@ -188,26 +202,29 @@ def append(file: Path, row: dict):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m mythos_core.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variant", action="append", help="one of the variants; may be given again; default all (with --reach, the recipe)")
+    parser.add_argument("--variant", action="append", help="one of the variants; may be given again; default all (with --reach or --pace, the recipe)")
     parser.add_argument("--seeds", default="0:5", help="FIRST:END or a single seed")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each")
-    parser.add_argument("--reach", action="store_true", help="measure the recipe's reach instead of the ablations")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--reach", dest="measure", action="store_const", const="reach", help="measure how far a variant reaches, to 1,024 bits")
+    other.add_argument("--pace", dest="measure", action="store_const", const="pace", help="measure only how long its training takes")
+    parser.set_defaults(measure="ablations")
     parser.add_argument("--out", type=Path, help="file of rows; default is the committed one")
     args = parser.parse_args(argv)
     first, _, end = args.seeds.partition(":")
-    names = args.variant or (["the recipe"] if args.reach else list(VARIANTS))
+    names = args.variant or (list(VARIANTS) if args.measure == "ablations" else ["the recipe"])
     try:
         seeds = range(int(first), int(end or int(first) + 1))
         for name in names:
             variant(name)
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    file = args.out or RESULTS / ("reach.json" if args.reach else "ablations.json")
+    file = args.out or RESULTS / f"{args.measure}.json"
     done = {(row["variant"], row["seed"]) for row in load(file)}
-    jobs = [(name, seed, args.reach) for seed in seeds for name in names if (name, seed) not in done]
+    jobs = [(name, seed, args.measure) for seed in seeds for name in names if (name, seed) not in done]
     for _, row in in_processes(run_one, jobs, args.workers):
         append(file, row)
-        tqdm.write(f"{row['variant']} seed {row['seed']}: {row['whole']}")
+        tqdm.write(f"{row['variant']} seed {row['seed']}: {row.get('whole', row['when_whole'])}")
 
 
 if __name__ == "__main__":

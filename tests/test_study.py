@@ -61,8 +61,8 @@ def test_rows_are_made_kept_and_not_made_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, "LOOPS", {length: 2 for length in study.LOOPS})
     file = tmp_path / "rows.json"
     for seed in (1, 0):
-        study.append(file, study.run_one(("NoPE", seed, False)))
-    study.append(file, study.run_one(("window 2", 0, False)))
+        study.append(file, study.run_one(("NoPE", seed, "ablations")))
+    study.append(file, study.run_one(("window 2", 0, "ablations")))
     rows = json.loads(file.read_text())
     assert [(row["variant"], row["seed"]) for row in rows] == [("window 2", 0), ("NoPE", 0), ("NoPE", 1)]
     assert all({"whole", "loops", "command", "commit", "versions", "recipe", "parameters"} <= set(row) for row in rows)
