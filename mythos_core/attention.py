@@ -11,7 +11,7 @@ from mythos_core.cache import KVCache
 from mythos_core.config import MythosConfig
 from mythos_core.layers import NORM_EPS, rope_table, rotate
 
-TILE = 16  # a number of keys that is no multiple of it slows the CPU's attention kernel several times
+BLOCK = 32  # queries of one block of windowed attention: a block reads BLOCK + window - 1 keys
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,11 @@ class Context:
         """The context of `seq` new tokens behind what `cache` holds; `like` gives device and dtype."""
         start = cache.length if cache is not None else 0
         rope = rope_table(start, seq, config.rope_dim, config.rope_theta, like) if config.rope else None
-        if config.window is not None and seq > 1:
+        if config.window is not None and seq > BLOCK:
             mask = band_mask(start, seq, config.window, like.device)
-            mask = mask if len(mask) == 1 else mask.repeat(batch, 1, 1)
-            mask = mask.unsqueeze(1)                                                        # (1 or B * blocks, 1, queries, keys)
+            mask = mask.expand(batch, *mask.shape).reshape(-1, 1, *mask.shape[1:])          # (B * blocks, 1, block, keys)
+        elif config.window is not None:
+            mask = band_mask(start, seq, config.window, like.device)[0, :, -(min(start, config.window - 1) + seq):]
         elif start and seq > 1:
             mask = torch.ones(seq, start + seq, dtype=torch.bool, device=like.device).tril(start)
         else:
@@ -42,42 +43,35 @@ class Context:
         return x if self.cache is None else self.cache.extend(layer, name, x, keep)
 
 
-def block_size(seq: int, window: int) -> tuple[int, int]:
-    """Queries and keys of a block of windowed attention: the keys that these queries can see, filled up to whole tiles."""
-    keys = TILE * -(-min(seq + window - 1, 2 * max(TILE, window)) // TILE)
-    return min(seq, keys - window + 1), keys
-
-
-def band_mask(start: int, seq: int, window: int, device) -> Bool[Tensor, "blocks queries keys"]:
-    """For query r of block i and key c of that block's stretch, which ends with the block: seen if it lies 0 .. window - 1 back and exists."""
-    queries, keys = block_size(seq, window)
-    query, key = torch.arange(queries, device=device)[:, None], torch.arange(keys, device=device) - (keys - queries)
-    first = start + queries * torch.arange(-(-seq // queries), device=device)               # position of each block's first query
+def band_mask(start: int, seq: int, window: int, device) -> Bool[Tensor, "blocks block keys"]:
+    """For query r of block i and key c of that block's stretch: seen if it lies 0 .. window - 1 back and exists."""
+    block = min(seq, BLOCK)
+    query, key = torch.arange(block, device=device)[:, None], torch.arange(block + window - 1, device=device) - (window - 1)
+    first = start + block * torch.arange(-(-seq // block), device=device)                   # position of each block's first query
     gap = query - key
     return (gap >= 0) & (gap < window) & (first[:, None, None] + key >= 0)
 
 
 def to_blocks(x: Float[Tensor, "batch heads seq dim"], size: int, step: int, left: int) -> Float[Tensor, "blocks heads size dim"]:
-    """Stretches of `size` positions, one every `step`, `left` zeros before the first; batch and block become one axis."""
+    """Stretches of `size` positions, one every `step`, `left` zeros before the first; block and batch become one axis."""
     blocks = max(1, -(-(x.shape[2] + left - (size - step)) // step))
-    if (end := (blocks - 1) * step + size - left - x.shape[2]) or left:
-        x = F.pad(x, (0, 0, left, end))
-    return x if blocks == 1 else x.unfold(2, size, step).permute(0, 2, 1, 4, 3).flatten(0, 1)   # (B * blocks, H, size, dim)
+    x = F.pad(x, (0, 0, left, (blocks - 1) * step + size - left - x.shape[2]))
+    return x.unfold(2, size, step).permute(0, 2, 1, 4, 3).flatten(0, 1)                     # (B * blocks, H, size, dim)
 
 
 def attend(q: Float[Tensor, "batch heads seq dk"], k: Float[Tensor, "batch kv_heads keys dk"], v: Float[Tensor, "batch kv_heads keys dv"],
            mask, window: int | None, **sdpa) -> Float[Tensor, "batch heads seq dv"]:
     """softmax(q k^T * scale + mask) v. The queries are the last S of the key positions.
 
-    With a window, in blocks of queries that each read only the keys they can see: cost linear in length.
+    With a window, long strings are taken in blocks of queries that each read only the keys they can see: cost linear in length.
     """
+    if window is None or q.shape[2] <= BLOCK:
+        causal = mask is None and q.shape[2] > 1
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True, **sdpa)
     batch, _, seq, _ = q.shape
-    if window is None or seq == 1:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and seq > 1, enable_gqa=True, **sdpa)
-    queries, keys = block_size(seq, window)
-    left = keys - queries - (k.shape[2] - seq)                                              # zeros in place of keys before position 0
-    q, k, v = to_blocks(q, queries, queries, 0), to_blocks(k, keys, queries, left), to_blocks(v, keys, queries, left)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True, **sdpa)  # (B * blocks, H, queries, dv)
+    block, missing = BLOCK, window - 1 + seq - k.shape[2]                                    # zeros in place of keys before position 0
+    q, k, v = to_blocks(q, block, block, 0), to_blocks(k, block + window - 1, block, missing), to_blocks(v, block + window - 1, block, missing)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True, **sdpa)  # (B * blocks, H, block, dv)
     return out.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)[:, :, :seq]
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mythos_core import KVCache
-from mythos_core.attention import GQA, MLA, TILE, Context, attend
+from mythos_core.attention import BLOCK, GQA, MLA, Context, attend
 from mythos_core.layers import rope_table, rotate
 
 X = torch.randn(2, 11, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -72,7 +72,7 @@ def test_mla_absorbed_equals_expanded():
 
 
 @settings(deadline=None, max_examples=40)
-@given(seq=st.integers(1, 6 * TILE + 5), window=st.integers(1, 4 * TILE), past=st.integers(0, 40))
+@given(seq=st.integers(1, 3 * BLOCK + 5), window=st.integers(1, 2 * BLOCK), past=st.integers(0, 40))
 def test_windowed_attention_in_blocks_is_masked_attention(seq, window, past):
     q, k, v = (torch.randn(2, heads, past + seq, 4, dtype=torch.float64) for heads in (4, 2, 2))
     book = plain_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), 0.5, window)[:, :, past:]
