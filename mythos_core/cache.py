@@ -19,8 +19,12 @@ class _Strip:
         begin, end = self.wanted_from(length), length + x.shape[-2]
         if self.buffer is None or end - self.first > self.buffer.shape[-2]:
             self._make_room(x, begin, length, max(end - begin, 2 * (length - begin), capacity if self.keep is None else 0))
-        self.buffer[..., length - self.first: end - self.first, :] = x
+        self.newest(length, x.shape[-2])[:] = x
         return self.buffer[..., begin - self.first: end - self.first, :]
+
+    def newest(self, length: int, seq: int) -> Tensor:
+        """The `seq` positions from `length` on, as written."""
+        return self.buffer[..., length - self.first: length - self.first + seq, :]
 
     def _make_room(self, like: Tensor, begin: int, length: int, size: int):
         old, past = self.buffer, slice(begin - self.first, length - self.first)
@@ -45,6 +49,7 @@ class KVCache:
 
     Attributes:
         length: positions read, the position of the next token.
+        settled: loop from which on every later loop holds the same of each position, as a model that stops by itself leaves it.
         nbytes: bytes of what a later token can read, over all entries; spare capacity is not counted.
         len(cache): the number of layer-loop entries, prelude_layers + n_loops + coda_layers once filled.
     """
@@ -52,7 +57,7 @@ class KVCache:
     def __init__(self, capacity: int = 0):
         if capacity < 0:
             raise ValueError(f"capacity = {capacity}: must be 0 or more")
-        self.capacity, self.length = capacity, 0
+        self.capacity, self.length, self.settled = capacity, 0, 0
         self._strips: dict[tuple[str, str], _Strip] = {}
         self._made_for: dict | None = None
 
@@ -76,6 +81,13 @@ class KVCache:
         """Append x (..., S, d) to tensor `name` of `layer`; return (..., past + S, d), where past <= keep if given."""
         strip = self._strips.setdefault((layer, name), _Strip(keep))
         return strip.write(x, self.length, self.capacity)
+
+    def repeat(self, layer: str, later: list[str], seq: int):
+        """Let each layer of `later` hold what `layer` was given in this pass for its `seq` positions."""
+        for (owner, name), strip in list(self._strips.items()):
+            if owner == layer:
+                for other in later:
+                    self.extend(other, name, strip.newest(self.length, seq), strip.keep)
 
     def advance(self, n_positions: int):
         """Count the positions of a finished pass as read."""

@@ -2,7 +2,7 @@
 from dataclasses import dataclass, fields
 
 ATTENTION = ("gqa", "mla")
-HALTING = ("act", "act_remainder", "none")
+HALTING = ("act", "act_remainder", "learned", "none")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class MythosConfig:
     max_output_tokens: int = 4096    # most tokens one call of `generate` may add
     dropout: float = 0.0             # on attention weights and on each residual branch, in training
 
-    halting: str = "act"             # "act": weights may sum to < 1 | "act_remainder": the last loop gets the rest (Graves 2016) | "none"
+    halting: str = "act"             # "act": weights may sum to < 1 | "act_remainder": the last loop gets the rest (Graves 2016) |
+    #                                  "learned": each position stops at the loop where a head says that it is done | "none"
     loop_embedding: bool = True      # sinusoidal loop index on the first dim // 8 channels (theta 10,000)
     window: int | None = None        # causal window: a query sees itself and window - 1 before it (Beltagy et al. 2020); None = all
     token_shift: bool = False        # in the loop, half of the channels come from the previous position (RWKV, Peng et al. 2023)
@@ -65,6 +66,8 @@ class MythosConfig:
             self._require(name, getattr(self, name) >= 0, "0 or more")
         self._require("attn_type", self.attn_type in ATTENTION, f"one of {ATTENTION}")
         self._require("halting", self.halting in HALTING, f"one of {HALTING}")
+        self._require("halting", self.halting != "learned" or (not self.loop_embedding and self.shift_growth == 1),
+                      "another than 'learned' unless loop_embedding = False and shift_growth = 1: a stopped position must look the same at every later loop")
         self._require("n_experts_per_tok", self.n_experts_per_tok <= self.n_experts, f"at most n_experts = {self.n_experts}")
         self._require("act_threshold", 0 < self.act_threshold <= 1, "in (0, 1]")
         self._require("dropout", 0 <= self.dropout < 1, "in [0, 1)")

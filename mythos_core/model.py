@@ -1,5 +1,6 @@
 """OpenMythos: prelude, looped block, coda; generation; weights in and out."""
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import safetensors
@@ -85,6 +86,12 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
         for i, block in enumerate(self.coda):
             output, _ = block(output, ctx, f"coda.{i}")
         return self.head(self.norm(output))
+
+    def without_halting(self) -> "OpenMythos":
+        """A copy in eval mode that runs every loop it is asked for: the same weights, halting = "none"."""
+        free = OpenMythos(replace(self.config, halting="none")).to(self.embed.weight)
+        free.load_state_dict({name: weight for name, weight in self.state_dict().items() if not name.startswith("recurrent.act.")})
+        return free.eval()
 
     def balance(self):
         """Update the experts' routing bias; called once after each optimiser step."""

@@ -114,7 +114,8 @@ def halting_map(model: OpenMythos, ids: Int[Tensor, "batch seq"], n_loops: int) 
     records = []
     model.eval()(ids, n_loops, observer=lambda record: records.append((record.halt_probability, record.halt_weight)))
     probability, weight = (torch.stack(x) for x in zip(*records))
-    return HaltingMap(probability, weight, (weight > 0).sum(0), len(records))
+    loop = torch.arange(1, len(records) + 1, device=ids.device)[:, None, None]
+    return HaltingMap(probability, weight, ((weight > 0) * loop).amax(0), len(records))
 
 
 @torch.no_grad()

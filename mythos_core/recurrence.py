@@ -23,6 +23,7 @@ class LoopRecord:
     expert_ids: Int[Tensor, "batch seq k"]                       # experts chosen
     halt_probability: Float[Tensor, "batch seq"] | None = None   # sigma(halt(h)); None with halting off
     halt_weight: Float[Tensor, "batch seq"] | None = None        # weight of h in the output
+    first: int = 0                                               # first position computed; those before it rest, with h and experts as they were
 
 
 Observer = Callable[[LoopRecord], None]
@@ -112,12 +113,77 @@ class ACTHalting(nn.Module):
         return p, weight, left, total
 
 
+class LearnedHalting(nn.Module):
+    """A position stops at the first loop where p = sigma(W_2 silu(W_1 h + b_1) + b_2) >= 1/2, and is read there; one that
+    never does is read after the last loop. `training.halting_loss` says on what p is trained.
+
+    Same call as `ACTHalting`: the weight is 1 at the loop of the stop and 0 elsewhere.
+    """
+
+    threshold = 1.0
+
+    def __init__(self, config: MythosConfig):
+        super().__init__()
+        self.halt = nn.Sequential(nn.Linear(config.dim, config.dim // 2), nn.SiLU(), nn.Linear(config.dim // 2, 1))
+        nn.init.constant_(self.halt[-1].bias, -2.0)              # at first nothing stops
+
+    def forward(self, h: Float[Tensor, "batch seq dim"], total: Float[Tensor, "batch seq"]):
+        """p, the weight of this loop, what a last loop here would get on top of it, and the sum of the weights after it."""
+        p = torch.sigmoid(self.halt(h)).squeeze(-1).float()
+        weight = (p >= 0.5) * (1 - total)
+        return p, weight, 1 - total - weight, total + weight
+
+
 def loop_embedding(t: int, dim: int, like: Tensor) -> Float[Tensor, "dim"]:
     """sin and cos of t * 10000^(-2i / width) on the first width = dim // 8 channels, 0 on the others."""
     width = dim // 8
     angle = t / 10000.0 ** (torch.arange(0, width, 2, device=like.device, dtype=like.dtype) / width)
     emb = torch.cat([angle.sin(), angle.cos()])[:width]
     return torch.cat([emb, emb.new_zeros(dim - width)])
+
+
+class Rest:
+    """Which positions are at rest. One that has stopped runs on for `LOOPS` loops, as its neighbours settle against its
+    last moves; then its state stays as it is, and every later loop sees the same of it.
+
+    Without a cache the prefix at rest in all rows is not computed, but for the positions that a loop looks back over.
+    """
+
+    LOOPS = 4
+    CUT = 32                                                     # the prefix is cut at multiples of this, as each cut needs a new mask
+
+    def __init__(self, config: MythosConfig, ctx: Context, total: Float[Tensor, "batch seq"]):
+        self.config, self.cache, self.ctx, self.first = config, ctx.cache, ctx, 0
+        self.since = torch.zeros_like(total)                     # loops since each position stopped
+
+    def step(self, loop, h, e, t, expert_ids):
+        """`loop` for the positions from `first` on; those at rest, and the experts last chosen for them, as they were."""
+        new, chosen = loop(h[:, self.first:], e[:, self.first:], t, self.ctx)
+        if t == 0:
+            return new, chosen
+        new, chosen = torch.cat([h[:, :self.first], new], 1), torch.cat([expert_ids[:, :self.first], chosen], 1)
+        resting = (self.since > self.LOOPS).unsqueeze(-1)
+        return torch.where(resting, h, new), torch.where(resting, expert_ids, chosen)
+
+    def after(self, t: int, total: Float[Tensor, "batch seq"], n_loops: int) -> bool:
+        """Count loop t. True if all that was computed was at rest: later loops would write the same into the cache, which is told."""
+        resting = (self.since > self.LOOPS).all(0)
+        self.since = self.since + (total >= 1)
+        if self.cache is None:
+            self._cut(int(resting.long().cumprod(0).sum()), total)
+        elif bool(resting.all()) and t >= self.cache.settled:
+            self.cache.settled = t
+            self.cache.repeat(f"loop.{t}", [f"loop.{later}" for later in range(t + 1, n_loops)], len(resting))
+            return True
+        elif t == n_loops - 1:
+            self.cache.settled = n_loops
+        return False
+
+    def _cut(self, resting, total):
+        c = self.config
+        first = (resting - (c.window - 1) - c.token_shift) // self.CUT * self.CUT if c.window else 0
+        if first > self.first:
+            self.first, self.ctx = first, Context.of(c, len(total), total.shape[1] - first, None, like=total)
 
 
 class RecurrentBlock(nn.Module):
@@ -130,7 +196,7 @@ class RecurrentBlock(nn.Module):
         self.injection = LTIInjection(config.dim)
         self.loop_norm = nn.RMSNorm(config.dim, NORM_EPS) if config.loop_norm else nn.Identity()
         self.lora = LoopLoRA(config.dim, config.lora_rank, config.max_loop_iters) if config.lora_rank else None
-        self.act = ACTHalting(config) if config.halting != "none" else None
+        self.act = None if config.halting == "none" else (LearnedHalting if config.halting == "learned" else ACTHalting)(config)
 
     def step(self, h: Float[Tensor, "batch seq dim"], e: Float[Tensor, "batch seq dim"], t: int, ctx: Context):
         """One loop: h_t -> (h_{t+1}, experts chosen)."""
@@ -162,22 +228,29 @@ class RecurrentBlock(nn.Module):
         return torch.cat([here, nn.functional.pad(past, (0, 0, missing, 0))[:, :z.shape[1]]], -1)
 
     def forward(self, e: Float[Tensor, "batch seq dim"], n_loops: int, ctx: Context, observer: Observer | None = None):
-        """The ACT-weighted sum of h_1 .. h_T, or h_T with halting off; both (B, S, dim).
+        """The halting-weighted sum of h_1 .. h_T, or h_T with halting off, as in training with "learned"; both (B, S, dim).
 
-        Without a cache the loop ends when every position has halted, which changes no output. With one, every loop runs:
-        a later token may loop longer, and then reads what these positions left at every loop.
+        Without a cache the loop ends when every position has halted, which changes no output. With one, every loop runs with
+        ACT: a later token may loop longer, and then reads what these positions left at every loop. With "learned" halting a
+        stopped position comes to rest (`Rest`), and is not computed where nothing reads it; loops that only see resting
+        positions would write the same again into a cache, so they are not run but repeated.
         """
         h, weighted, total = self._start(e), torch.zeros_like(e), e.new_zeros(e.shape[:2], dtype=torch.float32)
+        act, rest, expert_ids = self.act, None, None
+        if isinstance(act, LearnedHalting):
+            act, rest = (None, None) if self.training else (act, Rest(self.config, ctx, total))
         for t in range(n_loops):
-            h, expert_ids = self.step(h, e, t, ctx)
+            h, expert_ids = self.step(h, e, t, ctx) if rest is None else rest.step(self.step, h, e, t, expert_ids)
             output, p, weight = h, None, None
-            if self.act is not None:
-                p, weight, left, total = self.act(h, total)
+            if act is not None:
+                p, weight, left, total = act(h, total)
                 weighted = weighted + weight.unsqueeze(-1).to(h.dtype) * h
                 output = weighted if left is None else weighted + left.unsqueeze(-1).to(h.dtype) * h
                 weight = weight if left is None or t < n_loops - 1 else weight + left
             if observer is not None:
-                observer(LoopRecord(t, h, output, expert_ids, p, weight))
-            if self.act is not None and ctx.cache is None and bool((total >= self.act.threshold).all()):
+                observer(LoopRecord(t, h, output, expert_ids, p, weight, rest.first if rest else 0))
+            if act is not None and ctx.cache is None and bool((total >= act.threshold).all()):
+                break
+            if rest is not None and rest.after(t, total, n_loops):
                 break
         return output

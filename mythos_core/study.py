@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from mythos_core.model import OpenMythos
 from mythos_core.parity import answers, make_batch, structured
-from mythos_core.probes import depth_sweep
+from mythos_core.probes import depth_sweep, halting_map
 from mythos_core.training import Recipe, Run, commit, get_recipe, in_processes, train
 
 RESULTS = Path(__file__).parent / "results"
@@ -68,6 +68,7 @@ VARIANTS = {
     "not looped, equal parameters": UNLOOPED,
     "not looped, equal compute": {**UNLOOPED, "config.prelude_layers": 8, "config.coda_layers": 9},
     "the article's recipe": ARTICLE,
+    "halting": {"base": "parity-halting"},
     "the scan": {"base": "parity-scan"},
     "the scan, less noise": {"base": "parity-scan", "config.loop_noise": 0.1},
     "the scan, with the carry": {"base": "parity-scan", "config.carry": True},
@@ -167,12 +168,29 @@ def reach_row(run: Run) -> dict:
     return row
 
 
+def halting_row(run: Run) -> dict:
+    """With halting on, to 512 bits: whole strings, random and structured; where positions stopped, on average, where they first
+    could have (the loop from which the prefix stays right, were no one to stop), and the share that never stopped; and whole
+    strings after all those loops with halting off."""
+    model, free, row = run.model, run.model.without_halting(), {}
+    for length, loops in {n: LOOPS[n] for n in (16, 64, 256, 512)}.items():
+        ids, loops = fresh_strings(length), max(loops, 2 * length)
+        stopped_at = halting_map(model, ids, loops).stopped_at
+        free_sweep = depth_sweep(free, ids, answers(ids), loops)
+        row[str(length)] = {
+            "loops": loops, "whole": whole_strings(model, length, loops), "stopped": stopped_at.float().mean().item(),
+            "structured": {name: bool(right(model, one, [loops]).all()) for name, one in structured(length).items()},
+            "needed": free_sweep.loops_needed.float().mean().item(), "never": (stopped_at == loops).float().mean().item(),
+            "whole_unhalted": free_sweep.whole[-1].item()}
+    return {"halting": row}
+
+
 def pace_row(run: Run) -> dict:
     """Nothing but what every row has: when held-out strings were whole, and how long the training took."""
     return {"threads": torch.get_num_threads()}
 
 
-MEASURES = {"ablations": accuracy_row, "reach": reach_row, "pace": pace_row}
+MEASURES = {"ablations": accuracy_row, "reach": reach_row, "halting": halting_row, "pace": pace_row}
 
 
 def run_one(job: tuple[str, int, str]) -> dict:
@@ -207,12 +225,13 @@ def main(argv=None):
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each")
     other = parser.add_mutually_exclusive_group()
     other.add_argument("--reach", dest="measure", action="store_const", const="reach", help="measure how far a variant reaches, to 1,024 bits")
+    other.add_argument("--halting", dest="measure", action="store_const", const="halting", help="measure where positions stop")
     other.add_argument("--pace", dest="measure", action="store_const", const="pace", help="measure only how long its training takes")
     parser.set_defaults(measure="ablations")
     parser.add_argument("--out", type=Path, help="file of rows; default is the committed one")
     args = parser.parse_args(argv)
     first, _, end = args.seeds.partition(":")
-    names = args.variant or (list(VARIANTS) if args.measure == "ablations" else ["the recipe"])
+    names = args.variant or {"ablations": list(VARIANTS), "halting": ["halting"]}.get(args.measure, ["the recipe"])
     try:
         seeds = range(int(first), int(end or int(first) + 1))
         for name in names:

@@ -16,6 +16,7 @@ from pathlib import Path
 import safetensors
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -26,6 +27,7 @@ from mythos_core.parity import make_batch
 
 SAVE_EVERY = 100  # steps between checkpoints
 EVAL_EVERY = 50   # steps between looks at held-out strings
+HALT_FROM = 0.3   # share of the steps after which a halting head is trained too: there is something to halt on
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,11 @@ RECIPES = {recipe.name: recipe for recipe in (
                          shift_growth=2, init_std=64 ** -0.5, loop_noise=0.4, carry=False),
            steps=900, batch=32, lr=2e-3, betas=(0.9, 0.98), warmup=50, decay=0.4, lengths=(2, 16), curriculum=0.25, loops=(1, 5),
            strings="mixed", reach=1.0),
+    Recipe("parity-halting",
+           parity_config(vocab_size=4, max_seq_len=4096, halting="learned", loop_embedding=False, lora_rank=0, window=4, token_shift=True,
+                         init_std=64 ** -0.5),
+           steps=800, batch=40, lr=2e-3, betas=(0.9, 0.98), warmup=50, decay=0.4, lengths=(9, 16), curriculum=0.25, loops=(1, 16),
+           strings="mixed", reach=1.5),
 )}
 
 
@@ -197,8 +204,12 @@ def _step(model, optimizer, recipe, step) -> dict:
     ids, targets = make_batch(recipe.batch, length, strings=recipe.strings, device=model.embed.weight.device)
     way = sum(recipe.config.shift_growth ** t for t in range(n_loops))
     scored = min(length, int(recipe.reach * way)) if recipe.reach else length
-    logits, targets = model(ids, n_loops)[:, :scored].flatten(0, 1), targets[:, :scored].flatten()
-    loss = F.cross_entropy(logits, targets)
+    states = []
+    logits = model(ids, n_loops, observer=lambda record: states.append(record.h))
+    halting = recipe.config.halting == "learned" and step >= HALT_FROM * recipe.steps
+    also = halting_loss(model, torch.stack(states), ids, targets) if halting else 0.0
+    logits, targets = logits[:, :scored].flatten(0, 1), targets[:, :scored].flatten()
+    loss = F.cross_entropy(logits, targets) + also
     if not torch.isfinite(loss):
         raise FloatingPointError(f"loss = {loss.item()} at step {step} of recipe {recipe.name}")
     optimizer.zero_grad()
@@ -207,6 +218,28 @@ def _step(model, optimizer, recipe, step) -> dict:
     optimizer.step()
     model.balance()
     return {"loss": loss.item(), "accuracy": (logits.argmax(-1) == targets).float().mean().item()}
+
+
+def halting_loss(model: OpenMythos, states: Float[Tensor, "loops batch seq dim"], ids: Tensor, targets: Tensor) -> Float[Tensor, ""]:
+    """Half of: cross-entropy of the halting head, cells that are not ready weighing 4 times; and that of the answers where it stops.
+
+    A position is ready at a loop if the prefix up to it is right then and at every later loop, *in every string of the
+    batch*. A string alone would call a lucky guess ready, and half of the guesses ahead of the front are lucky. The second
+    part is there since the coda reads each position at another loop, which no other loss asks of it.
+    """
+    ctx = model.context(ids)
+    with torch.no_grad():
+        right = torch.stack([model.decode(h, ctx).argmax(-1) == targets for h in states])                  # (T, B, S)
+        ready = right.long().cumprod(2).flip(0).cumprod(0).flip(0).amin(1, keepdim=True).expand_as(right)
+    logits = model.recurrent.act.halt(states).squeeze(-1)
+    cells = F.binary_cross_entropy_with_logits(logits, ready.float(), reduction="none")
+    loss = (cells * torch.where(ready == 1, 1.0, 4.0)).mean()
+    stops = (logits >= 0) & (ready == 1)
+    at, stopped = stops.int().argmax(0), stops.any(0)                                                       # (B, S)
+    if stopped.any():
+        read = states.gather(0, at[None, ..., None].expand(1, *at.shape, states.shape[-1]))[0]
+        loss = loss + F.cross_entropy(model.decode(read, ctx)[stopped], targets[stopped])
+    return 0.5 * loss
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:

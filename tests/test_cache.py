@@ -1,12 +1,13 @@
 import pytest
 import torch
-from conftest import tiny
+from conftest import stopping, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mythos_core import KVCache, OpenMythos
 from mythos_core.config import tutorial_config
 from mythos_core.probes import cache_bytes
+from mythos_core.recurrence import Rest
 
 shifts = st.sampled_from([{}, {"token_shift": True}, {"token_shift": True, "shift_growth": 2}])
 configs = st.builds(
@@ -30,6 +31,20 @@ def test_any_chunking_gives_the_logits_of_one_pass(config, ends, n_loops, capaci
     assert len(cache) == config.prelude_layers + n_loops + config.coda_layers
     assert cache.nbytes == cache_bytes(config, 40, n_loops, batch=2)
     assert cache.length == 40
+
+
+@pytest.mark.parametrize("attn", ["gqa", "mla"])
+@pytest.mark.parametrize("late", [0, -1000])
+@pytest.mark.parametrize("ends", [[40], [20, 21, 22, 40], [*range(1, 41)]])
+def test_learned_halting_with_a_cache_is_that_without(attn, late, ends):
+    model, ids, ran = stopping(late, attn_type=attn), torch.randint(0, 17, (2, 40)), []
+    with torch.no_grad():
+        whole = model(ids, 50)
+        cache = KVCache()
+        parts = [model(ids[:, a:b], 50, cache, observer=lambda record: ran.append(record.loop)) for a, b in zip([0, *ends], ends)]
+    assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-9)
+    assert len(cache) == 52                                      # all loops' entries are there, though not all of them ran:
+    assert late == 0 or len(ran) == (1 + Rest.LOOPS + 1) * len(ends)
 
 
 @pytest.mark.parametrize("attn, kilobytes", [("gqa", 192), ("mla", 72)])

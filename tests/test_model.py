@@ -105,6 +105,19 @@ def test_sampling_follows_the_distribution_among_the_top_k():
     assert share[:2].sum() == 0 and share[3].item() == pytest.approx(1 / (1 + math.exp(-2)), abs=0.02)
 
 
+@pytest.mark.parametrize("halting", ["act", "learned"])
+def test_a_copy_without_halting_runs_every_loop(halting):
+    model = OpenMythos(tiny(halting=halting, loop_embedding=halting == "act")).double()
+    free, loops = model.without_halting(), []
+    logits = free(IDS, 7, observer=lambda record: loops.append(record.output))
+    assert len(loops) == 7 and free.config.halting == "none" and logits.dtype == torch.float64
+    ctx = model.context(IDS)
+    e = h = model.encode(IDS, ctx)
+    for t in range(7):
+        h, _ = model.recurrent.step(h, e, t, ctx)
+    assert torch.equal(h, loops[-1])
+
+
 def test_weights_come_back_as_saved(tmp_path):
     model = OpenMythos(tiny("mla", window=5)).eval()
     model.recurrent.block.ffn.router_bias.uniform_()

@@ -4,12 +4,13 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import tiny
 
 from mythos_core import OpenMythos, training
 from mythos_core.config import parity_config
 from mythos_core.model import PRETRAINED, shipped
 from mythos_core.parity import make_batch
-from mythos_core.training import Recipe, draw, get_recipe, held_out, learning_rate, main, train, train_all
+from mythos_core.training import Recipe, draw, get_recipe, halting_loss, held_out, learning_rate, main, train, train_all
 
 SHORT = replace(get_recipe("parity-extrapolating"), steps=12)
 
@@ -89,7 +90,7 @@ def test_runs_in_processes_are_the_runs_alone():
 
 
 def test_an_unknown_recipe_lists_those_there_are():
-    with pytest.raises(ValueError, match=r"'parity-extrapolating', 'parity-scan', 'parity-seed'"):
+    with pytest.raises(ValueError, match=r"'parity-extrapolating', 'parity-halting', 'parity-scan', 'parity-seed'"):
         train("parity", progress=False)
 
 
@@ -155,3 +156,34 @@ def test_command_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--recipe", "none", "--out", str(tmp_path)])
     assert stop.value.code == 2 and "must be one of" in capsys.readouterr().err
+
+
+def test_halting_is_taught_where_every_string_is_right_from_then_on():
+    """A state here holds its answer's logits in channels 0 to 2 and its halting logit in channel 3."""
+    torch.manual_seed(1)
+    T, B, S = 7, 3, 6
+    targets, ids = torch.randint(1, 3, (B, S)), torch.ones(B, S, dtype=torch.int64)
+    answers = torch.where(torch.rand(T, B, S) < 0.15, 3 - targets, targets)
+    answers[3:, :, 2] = targets[:, 2]
+    answers[2:, :, :2] = targets[:, :2]
+    ready = torch.tensor([[all(bool((answers[later, b, : i + 1] == targets[b, : i + 1]).all()) for later in range(t, T) for b in range(B))
+                           for i in range(S)] for t in range(T)])
+    assert 0 < ready.sum() < ready.numel() - S
+
+    class Channel(torch.nn.Module):
+        def forward(self, h):
+            return h[..., 3:]
+
+    model = OpenMythos(tiny(halting="learned", loop_embedding=False))
+    model.decode, model.recurrent.act.halt = lambda h, ctx: h[..., :3], Channel()
+
+    def loss(halt):
+        return halting_loss(model, torch.cat([20.0 * F.one_hot(answers, 3), 20.0 * halt[..., None]], -1), ids, targets).item()
+
+    halt = (2.0 * ready - 1)[:, None].expand(T, B, S)
+    assert loss(halt) < 1e-6                                     # no error: stops at ready cells only, and reads right answers there
+    for t, i in ((0, 0), (5, 1), (T - 1, S - 1)):
+        flipped = halt.clone()
+        flipped[t, 1, i] *= -1
+        weight = 1.0 if ready[t, i] else 4.0
+        assert loss(flipped) == pytest.approx(0.5 * weight * 20 / halt.numel(), rel=1e-4)
