@@ -1,8 +1,9 @@
-"""The study behind notebook 05: the recipe, every ingredient taken away or put back alone, several seeds, one row a run.
+"""The study behind notebooks 05 and 06: the recipe, every ingredient taken away or put back alone, several seeds, one row a run.
 
     python -m mythos_core.study --seeds 0:5 --workers 2            # ablations; goes on where it was stopped
     python -m mythos_core.study --reach --seeds 0:10 --workers 2   # the recipe alone, up to 1,024 bits
-    python -m mythos_core.study --pace --seeds 0:10                # how long its training takes, one run at a time
+    python -m mythos_core.study --halting --seeds 0:5 --workers 2  # a model that stops by itself: where, and if it is right there
+    python -m mythos_core.study --pace --seeds 0:10                # how long the recipe's training takes, one run at a time
 """
 import argparse
 import json
@@ -220,7 +221,7 @@ def append(file: Path, row: dict):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m mythos_core.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variant", action="append", help="one of the variants; may be given again; default all (with --reach or --pace, the recipe)")
+    parser.add_argument("--variant", action="append", help="one of the variants; may be given again; default all those that the measure is for")
     parser.add_argument("--seeds", default="0:5", help="FIRST:END or a single seed")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each")
     other = parser.add_mutually_exclusive_group()
@@ -231,7 +232,8 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, help="file of rows; default is the committed one")
     args = parser.parse_args(argv)
     first, _, end = args.seeds.partition(":")
-    names = args.variant or {"ablations": list(VARIANTS), "halting": ["halting"]}.get(args.measure, ["the recipe"])
+    defaults = {"ablations": [name for name in VARIANTS if name != "halting"], "halting": ["halting"]}
+    names = args.variant or defaults.get(args.measure, ["the recipe"])
     try:
         seeds = range(int(first), int(end or int(first) + 1))
         for name in names:
