@@ -175,12 +175,12 @@ def halting_row(run: Run) -> dict:
     strings after all those loops with halting off."""
     model, free, row = run.model, run.model.without_halting(), {}
     for length, loops in {n: LOOPS[n] for n in (16, 64, 256, 512)}.items():
-        ids, loops = fresh_strings(length), max(loops, 2 * length)
+        ids = fresh_strings(length)
         stopped_at = halting_map(model, ids, loops).stopped_at
         free_sweep = depth_sweep(free, ids, answers(ids), loops)
         row[str(length)] = {
             "loops": loops, "whole": whole_strings(model, length, loops), "stopped": stopped_at.float().mean().item(),
-            "structured": {name: bool(right(model, one, [loops]).all()) for name, one in structured(length).items()},
+            "structured": {name: bool(right(model, one, [2 * length]).all()) for name, one in structured(length).items()},
             "needed": free_sweep.loops_needed.float().mean().item(), "never": (stopped_at == loops).float().mean().item(),
             "whole_unhalted": free_sweep.whole[-1].item()}
     return {"halting": row}

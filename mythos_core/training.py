@@ -70,7 +70,7 @@ RECIPES = {recipe.name: recipe for recipe in (
            parity_config(vocab_size=4, max_seq_len=4096, halting="learned", loop_embedding=False, lora_rank=0, window=4, token_shift=True,
                          init_std=64 ** -0.5),
            steps=800, batch=40, lr=2e-3, betas=(0.9, 0.98), warmup=50, decay=0.4, lengths=(9, 16), curriculum=0.25, loops=(1, 16),
-           strings="mixed", reach=1.5),
+           spare_loops=4, strings="mixed", reach=1.5),
 )}
 
 
@@ -206,8 +206,7 @@ def _step(model, optimizer, recipe, step) -> dict:
     scored = min(length, int(recipe.reach * way)) if recipe.reach else length
     states = []
     logits = model(ids, n_loops, observer=lambda record: states.append(record.h))
-    halting = recipe.config.halting == "learned" and step >= HALT_FROM * recipe.steps
-    also = halting_loss(model, torch.stack(states), ids, targets) if halting else 0.0
+    also = halting_loss(model, torch.stack(states), ids, targets) if teaches_halting(recipe, step) else 0.0
     logits, targets = logits[:, :scored].flatten(0, 1), targets[:, :scored].flatten()
     loss = F.cross_entropy(logits, targets) + also
     if not torch.isfinite(loss):
@@ -218,6 +217,11 @@ def _step(model, optimizer, recipe, step) -> dict:
     optimizer.step()
     model.balance()
     return {"loss": loss.item(), "accuracy": (logits.argmax(-1) == targets).float().mean().item()}
+
+
+def teaches_halting(recipe: Recipe, step: int) -> bool:
+    """Whether `halting_loss` is part of the loss of this step."""
+    return recipe.config.halting == "learned" and step >= HALT_FROM * recipe.steps
 
 
 def halting_loss(model: OpenMythos, states: Float[Tensor, "loops batch seq dim"], ids: Tensor, targets: Tensor) -> Float[Tensor, ""]:
@@ -257,6 +261,8 @@ def draw(recipe: Recipe, step: int) -> tuple[int, int]:
     length = int(torch.randint(min(shortest, longest), longest + 1, ()))
     if recipe.spare_loops is not None:
         most = max(fewest, min(most, length + recipe.spare_loops))
+    if teaches_halting(recipe, step) and step % 3:               # two of three with the most loops: only there is much ready, and stays so
+        return length, most
     return length, int(torch.randint(fewest, most + 1, ()))
 
 
