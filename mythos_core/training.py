@@ -225,7 +225,7 @@ def teaches_halting(recipe: Recipe, step: int) -> bool:
 
 
 def halting_loss(model: OpenMythos, states: Float[Tensor, "loops batch seq dim"], ids: Tensor, targets: Tensor) -> Float[Tensor, ""]:
-    """Half of: cross-entropy of the halting head, cells that are not ready weighing 4 times; and that of the answers where it stops.
+    """Half of: cross-entropy of the halting head, cells that are not ready weighing 16 times; and that of the answers where it stops.
 
     A position is ready at a loop if the prefix up to it is right then and at every later loop, *in every string of the
     batch*. A string alone would call a lucky guess ready, and half of the guesses ahead of the front are lucky. The second
@@ -237,7 +237,7 @@ def halting_loss(model: OpenMythos, states: Float[Tensor, "loops batch seq dim"]
         ready = right.long().cumprod(2).flip(0).cumprod(0).flip(0).amin(1, keepdim=True).expand_as(right)
     logits = model.recurrent.act.halt(states).squeeze(-1)
     cells = F.binary_cross_entropy_with_logits(logits, ready.float(), reduction="none")
-    loss = (cells * torch.where(ready == 1, 1.0, 4.0)).mean()
+    loss = (cells * torch.where(ready == 1, 1.0, 16.0)).mean()
     stops = (logits >= 0) & (ready == 1)
     at, stopped = stops.int().argmax(0), stops.any(0)                                                       # (B, S)
     if stopped.any():
