@@ -2,6 +2,7 @@
 import json
 import re
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -40,6 +41,12 @@ def generation(bits, loops):
     return d["exact_match"][d["prompt_bits"].index(bits)][d["loops"].index(loops)]
 
 
+def pace():
+    rows = study.load(study.RESULTS / "pace.json")
+    first, done = (median(values) for values in zip(*((row["when_whole"]["first"]["seconds"], row["train_seconds"]) for row in rows)))
+    return f"after {first:.0f} s in the median, and the training done after {done:.0f} s"
+
+
 CLAIMS = {
     "sizes": lambda: f"GQA {figure('model_sizes')['total_gqa']:,}, MLA {figure('model_sizes')['total_mla']:,}",
     "cache": lambda: ratio("gqa", "mla"),
@@ -50,6 +57,7 @@ CLAIMS = {
     "depth": lambda: f"from {percent(figure('depth_extrapolation')['whole_string_accuracy']['64'][15])} of 64-bit strings at 16 loops to "
                      f"{percent(figure('depth_extrapolation')['whole_at_last_loop']['64'])} at {figure('depth_extrapolation')['all_whole_from_loop']['64']}",
     "seeds": lambda: f"{reached()} of 10 seeds whole at 1,024 bits, {figure('frontier_speed')['positions_per_loop']:.2f} positions a loop",
+    "pace": pace,
     "scan": lambda: f"{figure('log_loops')['scan_needed']['1024']} loops for 1,024 bits",
     "balance": lambda: "from {} to {}".format(*(", ".join(f"{v:.2f}" for v in figure("balance")[f"{k}_violation"]) for k in ("off", "on"))),
     "generation": lambda: f"{percent(generation(64, 16))} at 16 loops, {percent(generation(64, 96))} at 96",

@@ -1,4 +1,5 @@
 import json
+import statistics
 from dataclasses import asdict, replace
 
 import pytest
@@ -72,7 +73,7 @@ def test_rows_are_made_kept_and_not_made_again(tmp_path, monkeypatch, capsys):
     assert file.read_text() == before                        # nothing was missing
 
 
-@pytest.fixture(params=["reach", "ablations"])
+@pytest.fixture(params=["reach", "ablations", "halting", "pace"])
 def committed(request):
     return study.load(study.RESULTS / f"{request.param}.json")
 
@@ -119,6 +120,21 @@ def test_the_shipped_model_does_what_its_committed_row_says():
         ids = make_batch(16, length, torch.Generator().manual_seed(length))[0]
         needed = depth_sweep(model, ids, answers(ids), length).loops_needed.amax(1).float().mean().item()
         assert needed == pytest.approx(row["needed"][str(length)]["random"], rel=0.02)
+
+
+def test_every_variant_was_run_with_five_seeds_and_none_left_out():
+    rows = study.load(study.RESULTS / "ablations.json")
+    seeds = {name: [row["seed"] for row in rows if row["variant"] == name] for name in study.VARIANTS if name != "halting"}
+    assert all(found == list(range(5)) for found in seeds.values()), seeds
+    assert [row["seed"] for row in study.load(study.RESULTS / "halting.json")] == list(range(5))
+
+
+def test_the_median_training_was_whole_at_16_bits_within_20_seconds_and_done_within_45():
+    """In the committed rows, on the machine that made them: nothing is timed here."""
+    rows = study.load(study.RESULTS / "pace.json")
+    assert [row["seed"] for row in rows] == list(range(10))
+    assert statistics.median(row["when_whole"]["first"]["seconds"] for row in rows) <= 20
+    assert statistics.median(row["train_seconds"] for row in rows) <= 45
 
 
 def test_an_unknown_variant_is_refused_before_any_work(tmp_path, capsys):
