@@ -1,4 +1,4 @@
-"""The study behind notebooks 05 and 06: the recipe, every ingredient taken away or put back alone, several seeds, one row a run.
+"""The study behind notebook 05: the recipe, every ingredient taken away or put back alone, several seeds, one row a run.
 
     python -m mythos_core.study --seeds 0:5 --workers 2            # ablations; goes on where it was stopped
     python -m mythos_core.study --reach --seeds 0:10 --workers 2   # the recipe alone, up to 1,024 bits
