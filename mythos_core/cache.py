@@ -46,18 +46,24 @@ class KVCache:
 
     Args:
         capacity: positions to allocate at first use; 0 = as many as the first pass brings.
+        loops: entries for the loop; loop t uses entry t mod `loops`, so that a position leaves what its last loops gave (Huginn,
+            Geiping et al. 2025), the size does not grow with n_loops, and n_loops >= loops may differ from pass to pass.
+            None = one for each loop: the same logits as without a cache.
 
     Attributes:
         length: positions read, the position of the next token.
-        settled: loop from which on every later loop holds the same of each position, as a model that stops by itself leaves it.
+        stopped, settled: as a model that stops by itself leaves them, and with an entry for each loop: the number of loops after which
+            the last position stopped, (B, 1), and the loop from which on every later one holds the same of each position.
         nbytes: bytes of what a later token can read, over all entries; spare capacity is not counted.
         len(cache): the number of layer-loop entries, prelude_layers + n_loops + coda_layers once filled.
     """
 
-    def __init__(self, capacity: int = 0):
+    def __init__(self, capacity: int = 0, loops: int | None = None):
         if capacity < 0:
             raise ValueError(f"capacity = {capacity}: must be 0 or more")
-        self.capacity, self.length, self.settled = capacity, 0, 0
+        if loops is not None and loops < 1:
+            raise ValueError(f"loops = {loops}: must be 1 or more, or None for an entry for each loop")
+        self.capacity, self.loops, self.length, self.settled, self.stopped = capacity, loops, 0, 0, 0
         self._strips: dict[tuple[str, str], _Strip] = {}
         self._made_for: dict | None = None
 
@@ -70,6 +76,10 @@ class KVCache:
 
     def begin(self, **made_for):
         """Open a pass; refuse it, with a ValueError, if it differs from the first one in any of the named things."""
+        if self.loops is not None and made_for["config"].shift_growth > 1:
+            raise ValueError(f"kv_cache.loops = {self.loops}: must be None for a model whose shift_growth = {made_for['config'].shift_growth}")
+        if self.loops is not None and (n_loops := made_for.pop("n_loops")) < self.loops:
+            raise ValueError(f"n_loops = {n_loops}: must be at least kv_cache.loops = {self.loops}, or an entry stays empty")
         for name, value in (self._made_for or {}).items():
             if made_for[name] != value:
                 raise ValueError(f"kv_cache was filled with {name} = {value}, this pass has {name} = {made_for[name]}: use a new KVCache")
@@ -79,6 +89,9 @@ class KVCache:
 
     def extend(self, layer: str, name: str, x: Tensor, keep: int | None = None) -> Tensor:
         """Append x (..., S, d) to tensor `name` of `layer`; return (..., past + S, d), where past <= keep if given."""
+        kind, _, number = layer.partition(".")
+        if kind == "loop" and self.loops is not None:
+            layer = f"loop.{int(number) % self.loops}"
         strip = self._strips.setdefault((layer, name), _Strip(keep))
         return strip.write(x, self.length, self.capacity)
 

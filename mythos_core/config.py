@@ -34,7 +34,7 @@ class MythosConfig:
     n_shared_experts: int = 2        # experts every token passes through, each n_experts_per_tok * expert_dim wide
     n_experts_per_tok: int = 4       # routed experts a token passes through
     expert_dim: int = 512            # hidden width of a routed expert
-    act_threshold: float = 0.99      # cumulative halting probability at which a position stops
+    act_threshold: float = 0.99      # halting probability at which a position stops: the sum over loops, or of one loop with "learned"
     rope_theta: float = 500000.0     # RoPE base
     lora_rank: int = 16              # rank of the per-loop adapter (Bae et al. 2024); 0 = none
     max_output_tokens: int = 4096    # most tokens one call of `generate` may add
@@ -53,6 +53,9 @@ class MythosConfig:
     loop_noise: float = 0.0          # std of Gaussian noise on the loop's normalised input, in training
     start_noise: float = 0.0         # std of Gaussian noise on h_0 of half of the strings, in training: the answer should not depend
     #                                  on where the loop starts (path independence, Anil et al. 2022; random h_0, Geiping et al. 2025)
+    halt_bias: float | None = None   # of ACT's halting unit at init; well below 0: many loops at first (Graves 2016); None = as nn.Linear has it
+    min_loops: int = 1               # ACT: no position halts before this many loops
+    balance_loss: float = 0.0        # weight of the auxiliary load-balancing loss (Switch, Fedus et al. 2022: 0.01)
     balance_rate: float = 0.0        # step of the routing bias towards equal load (DeepSeek-V3: 0.001); 0 = bias fixed
 
     def __post_init__(self):
@@ -60,9 +63,9 @@ class MythosConfig:
             self._check_type(field.name, field.type)
         for name in ("vocab_size", "dim", "n_heads", "n_kv_heads", "max_seq_len", "max_loop_iters", "kv_lora_rank", "q_lora_rank",
                      "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "n_experts", "n_experts_per_tok", "expert_dim", "max_output_tokens",
-                     "shift_growth"):
+                     "shift_growth", "min_loops"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("prelude_layers", "coda_layers", "n_shared_experts", "lora_rank", "loop_noise", "start_noise", "balance_rate"):
+        for name in ("prelude_layers", "coda_layers", "n_shared_experts", "lora_rank", "loop_noise", "start_noise", "balance_loss", "balance_rate"):
             self._require(name, getattr(self, name) >= 0, "0 or more")
         self._require("attn_type", self.attn_type in ATTENTION, f"one of {ATTENTION}")
         self._require("halting", self.halting in HALTING, f"one of {HALTING}")

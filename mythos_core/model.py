@@ -101,7 +101,8 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
 
     @torch.no_grad()
     def generate(self, ids: Tensor, max_new_tokens: int = 64, n_loops: int = 8, temperature: float = 1.0, top_k: int = 50,
-                 generator: torch.Generator | None = None, use_cache: bool = True) -> Int[Tensor, "batch longer"]:
+                 generator: torch.Generator | None = None, use_cache: bool = True, cache_loops: int | None = None,
+                 observer: Observer | None = None) -> Int[Tensor, "batch longer"]:
         """`ids` (B, S) continued by `max_new_tokens` sampled tokens: (B, S + max_new_tokens).
 
         Args:
@@ -110,6 +111,8 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
             top_k: sample among that many most likely tokens; 0 or more than vocab_size = among all.
             generator: source of randomness; default torch's own.
             use_cache: False recomputes every token from scratch; slower, same tokens.
+            cache_loops: `KVCache.loops`: fewer entries than loops, other logits.
+            observer: as for `forward`; sees every pass.
         """
         self._check(ids, n_loops, None)
         limits = self.config
@@ -118,10 +121,11 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
                  f"at most max_seq_len = {limits.max_seq_len}")
         _require(temperature >= 0, "temperature", temperature, "0 or more")
         _require(top_k >= 0, "top_k", top_k, "0 or more")
-        cache = KVCache(ids.shape[1] + max_new_tokens) if use_cache else None
+        _require(use_cache or cache_loops is None, "cache_loops", cache_loops, "None if use_cache is False")
+        cache = KVCache(ids.shape[1] + max_new_tokens, cache_loops) if use_cache else None
         for _ in range(max_new_tokens):
             new = ids[:, cache.length:] if use_cache else ids
-            logits = self(new, n_loops, cache)[:, -1].float()                               # (B, vocab)
+            logits = self(new, n_loops, cache, observer)[:, -1].float()                     # (B, vocab)
             ids = torch.cat([ids, _sample(logits, temperature, top_k, generator)], 1)
         return ids
 

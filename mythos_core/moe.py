@@ -32,6 +32,8 @@ class MoE(nn.Module):
     Attributes:
         router_bias: (n_experts,) the bias, saved with the weights.
         load: (n_experts,) choices counted in training since the last `balance`; not saved.
+        imbalance: mean over the passes in training since then of n_experts * sum_i f_i P_i, the auxiliary loss of Fedus et al. 2022, with
+            f_i the share of choices that fall on expert i and P_i its mean softmax probability; 1 = even. 0.0 if config.balance_loss is 0.
     """
 
     def __init__(self, config: MythosConfig):
@@ -43,6 +45,7 @@ class MoE(nn.Module):
         self.shared = nn.ModuleList(SwiGLU(c.dim, c.n_experts_per_tok * c.expert_dim) for _ in range(c.n_shared_experts))
         self.register_buffer("router_bias", torch.zeros(c.n_experts))
         self.register_buffer("load", torch.zeros(c.n_experts), persistent=False)
+        self._imbalances = []
 
     def forward(self, x: Float[Tensor, "batch seq dim"]) -> tuple[Float[Tensor, "batch seq dim"], Int[Tensor, "batch seq k"]]:
         """The mixture and the experts chosen, each token's k in falling order of z + bias."""
@@ -52,6 +55,8 @@ class MoE(nn.Module):
         gates = logits.gather(-1, ids).softmax(-1)               # softmax over the chosen = softmax over all, renormalised
         if self.training and c.balance_rate:
             self.load += _count(ids, c.n_experts)
+        if self.training and c.balance_loss:
+            self._imbalances.append(c.n_experts * (_count(ids, c.n_experts) / ids.numel() * logits.softmax(-1).mean(0)).sum())
         dense = c.n_experts <= DENSE_UP_TO * c.n_experts_per_tok or not _has_grouped_product(tokens)
         out = self._dense(tokens, ids, gates) if dense else self._grouped(tokens, ids, gates)
         for expert in self.shared:
@@ -75,8 +80,13 @@ class MoE(nn.Module):
         hidden = F.silu(gate) * up * gates.flatten()[order].unsqueeze(-1)                   # (N k, expert_dim)
         return torch.zeros_like(x).index_add(0, token, F.grouped_mm(hidden.to(x.dtype), down, offs=ends))
 
+    @property
+    def imbalance(self) -> Tensor | float:
+        return torch.stack(self._imbalances).mean() if self._imbalances else 0.0
+
     @torch.no_grad()
     def balance(self):
         """bias_i += balance_rate * sign(mean load - load_i), then count anew."""
         self.router_bias += self.config.balance_rate * (self.load.mean() - self.load).sign()
         self.load.zero_()
+        self._imbalances.clear()

@@ -99,13 +99,15 @@ class ACTHalting(nn.Module):
     def __init__(self, config: MythosConfig):
         super().__init__()
         self.halt = nn.Linear(config.dim, 1)
+        if config.halt_bias is not None:
+            nn.init.constant_(self.halt.bias, config.halt_bias)
         self.threshold, self.remainder = config.act_threshold, config.halting == "act_remainder"
 
-    def forward(self, h: Float[Tensor, "batch seq dim"], total: Float[Tensor, "batch seq"]):
+    def forward(self, h: Float[Tensor, "batch seq dim"], total: Float[Tensor, "batch seq"], open: Tensor | bool = True):
         """p, the weight of this loop, what a last loop here would get on top of it (None for "act"), and the sum of p after it;
-        each (B, S). `total` is the sum of p before this loop.
+        each (B, S). `total` is the sum of p before this loop; p is 0 where halting is not `open` yet.
         """
-        p = torch.sigmoid(self.halt(h)).squeeze(-1).float()
+        p = torch.sigmoid(self.halt(h)).squeeze(-1).float() * open
         running = total < self.threshold
         weight = torch.where(total + p >= self.threshold, (1 - total).clamp(min=0), p) * running
         total = total + p * running
@@ -114,8 +116,9 @@ class ACTHalting(nn.Module):
 
 
 class LearnedHalting(nn.Module):
-    """A position stops at the first loop where p = sigma(W_2 silu(W_1 h + b_1) + b_2) >= 1/2, and is read there; one that
-    never does is read after the last loop. `training.halting_loss` says on what p is trained.
+    """A position stops at the first loop where p = sigma(W_2 silu(W_1 h + b_1) + b_2) reaches act_threshold and all positions before
+    it have stopped or stop now, and is read there; one that never does is read after the last loop. `training.ready_loss` says on
+    what p is trained.
 
     Same call as `ACTHalting`: the weight is 1 at the loop of the stop and 0 elsewhere.
     """
@@ -124,13 +127,16 @@ class LearnedHalting(nn.Module):
 
     def __init__(self, config: MythosConfig):
         super().__init__()
+        self.stop_at = config.act_threshold
         self.halt = nn.Sequential(nn.Linear(config.dim, config.dim // 2), nn.SiLU(), nn.Linear(config.dim // 2, 1))
         nn.init.constant_(self.halt[-1].bias, -2.0)              # at first nothing stops
 
-    def forward(self, h: Float[Tensor, "batch seq dim"], total: Float[Tensor, "batch seq"]):
-        """p, the weight of this loop, what a last loop here would get on top of it, and the sum of the weights after it."""
+    def forward(self, h: Float[Tensor, "batch seq dim"], total: Float[Tensor, "batch seq"], open: Tensor | bool = True):
+        """p, the weight of this loop, what a last loop here would get on top of it, and the sum of the weights after it.
+        `open` (B, 1): whether all positions before these have stopped.
+        """
         p = torch.sigmoid(self.halt(h)).squeeze(-1).float()
-        weight = (p >= 0.5) * (1 - total)
+        weight = ((p >= self.stop_at) | (total >= 1)).cumprod(1) * (1 - total) * open
         return p, weight, 1 - total - weight, total + weight
 
 
@@ -155,6 +161,11 @@ class Rest:
     def __init__(self, config: MythosConfig, ctx: Context, total: Float[Tensor, "batch seq"]):
         self.config, self.cache, self.ctx, self.first = config, ctx.cache, ctx, 0
         self.since = torch.zeros_like(total)                     # loops since each position stopped
+        self.late = torch.zeros_like(total[:, -1:])              # loops before the last position stopped
+
+    def open(self, t: int):
+        """Whether all positions that the cache holds had stopped at loop t. One entry for all loops holds them as they ended."""
+        return self.cache is None or t >= self.cache.stopped
 
     def step(self, loop, h, e, t, expert_ids):
         """`loop` for the positions from `first` on; those at rest, and the experts last chosen for them, as they were."""
@@ -169,15 +180,16 @@ class Rest:
         """Count loop t. True if all that was computed was at rest: later loops would write the same into the cache, which is told."""
         resting = (self.since > self.LOOPS).all(0)
         self.since = self.since + (total >= 1)
+        self.late = self.late + (total[:, -1:] < 1)
         if self.cache is None:
             self._cut(int(resting.long().cumprod(0).sum()), total)
-        elif bool(resting.all()) and t >= self.cache.settled:
-            self.cache.settled = t
+            return False
+        done = bool(resting.all()) and t >= self.cache.settled
+        if done:
             self.cache.repeat(f"loop.{t}", [f"loop.{later}" for later in range(t + 1, n_loops)], len(resting))
-            return True
-        elif t == n_loops - 1:
-            self.cache.settled = n_loops
-        return False
+        if self.cache.loops is None and (done or t == n_loops - 1):
+            self.cache.stopped, self.cache.settled = self.late, t if done else n_loops
+        return done
 
     def _cut(self, resting, total):
         c = self.config
@@ -243,7 +255,7 @@ class RecurrentBlock(nn.Module):
             h, expert_ids = self.step(h, e, t, ctx) if rest is None else rest.step(self.step, h, e, t, expert_ids)
             output, p, weight = h, None, None
             if act is not None:
-                p, weight, left, total = act(h, total)
+                p, weight, left, total = act(h, total, t + 1 >= self.config.min_loops if rest is None else rest.open(t))
                 weighted = weighted + weight.unsqueeze(-1).to(h.dtype) * h
                 output = weighted if left is None else weighted + left.unsqueeze(-1).to(h.dtype) * h
                 weight = weight if left is None or t < n_loops - 1 else weight + left

@@ -3,6 +3,9 @@
     python -m mythos_core.study --seeds 0:5 --workers 2            # ablations; goes on where it was stopped
     python -m mythos_core.study --reach --seeds 0:10 --workers 2   # the recipe alone, up to 1,024 bits
     python -m mythos_core.study --halting --seeds 0:5 --workers 2  # a model that stops by itself: where, and if it is right there
+    python -m mythos_core.study --exits --seeds 0:5 --workers 2    # ways to stop: loops spent against accuracy
+    python -m mythos_core.study --experts --seeds 0:5 --workers 2  # ways to balance experts, and numbers of them
+    python -m mythos_core.study --generation --seeds 0:5 --workers 2  # continuations, by loops and by what the cache keeps of them
     python -m mythos_core.study --pace --seeds 0:10                # how long the recipe's training takes, one run at a time
 """
 import argparse
@@ -20,64 +23,26 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mythos_core.model import OpenMythos
-from mythos_core.parity import answers, make_batch, structured
-from mythos_core.probes import depth_sweep, halting_map
-from mythos_core.training import Recipe, Run, commit, get_recipe, in_processes, train
+from mythos_core.parity import answers, continuation, make_batch, structured
+from mythos_core.probes import depth_sweep, expert_load, halting_map, load_entropy, max_violation
+from mythos_core.training import Recipe, Run, commit, get_recipe, in_processes, ready_loss, train
 
 RESULTS = Path(__file__).parent / "results"
-ARTICLE = {"base": "parity-seed", "config.max_seq_len": 4096}    # else it would refuse the long strings
-UNLOOPED = {"loops": (1, 1), "reach": None, "config.window": None}   # the shift stays: it is what marks the start of a string
-
+_file = json.loads((RESULTS / "variants.json").read_text())
 #: From the article's recipe to the working one, one step after the other; each step keeps those before it.
-STEPS = {
-    "halting, LoRA, loop embedding off": {"config.halting": "none", "config.lora_rank": 0, "config.loop_embedding": False},
-    "init, optimiser": {"config.init_std": 64 ** -0.5, "lr": 2e-3, "betas": (0.9, 0.98), "warmup": 50, "decay": 0.8, "batch": 40},
-    "lengths and loops drawn, curriculum": {"lengths": (9, 16), "loops": (1, 16), "curriculum": 0.25},
-    "loss where the loops reach": {"reach": 1.5},
-    "window 4": {"config.window": 4},
-    "token shift": {"config.token_shift": True},
-    "mixed strings": {"strings": "mixed"},
-}
+STEPS: dict[str, dict] = _file["steps"]
 #: What each variant changes in the recipe ("parity-extrapolating", or its "base"); "config." marks the model's own fields.
-VARIANTS = {
-    "the recipe": {},
-    "token shift off": {"config.token_shift": False},
-    "window off": {"config.window": None},
-    "window 2": {"config.window": 2},
-    "window 8": {"config.window": 8},
-    "ACT on, as in the reference": {"config.halting": "act"},
-    "ACT on, with the remainder": {"config.halting": "act_remainder"},
-    "loop embedding on": {"config.loop_embedding": True},
-    "LoRA on": {"config.lora_rank": 4},
-    "8 loops always": {"loops": (8, 8)},
-    "16 loops always": {"loops": (16, 16)},
-    "loss on all positions": {"reach": None},
-    "no length curriculum": {"curriculum": 0.0},
-    "init 0.02": {"config.init_std": 0.02},
-    "NoPE": {"config.rope": False},
-    "no carry": {"config.carry": False},
-    "norm after the loop": {"config.loop_norm": True},
-    "uniform strings": {"strings": "uniform"},
-    "no noise in the loop": {"config.loop_noise": 0.0},
-    "a third of the noise": {"config.loop_noise": 0.1},
-    "always started at e": {"config.start_noise": 0.0},
-    "loops tied to length": {"spare_loops": 4},
-    "asked for 1 position a loop": {"reach": 1.0},
-    "asked for 3 positions a loop": {"reach": 3.0},
-    "window 8, asked for 5 positions a loop": {"config.window": 8, "reach": 5.0},
-    "no prelude, no coda": {"config.prelude_layers": 0, "config.coda_layers": 0},
-    "not looped, equal parameters": UNLOOPED,
-    "not looped, equal compute": {**UNLOOPED, "config.prelude_layers": 8, "config.coda_layers": 9},
-    "the article's recipe": ARTICLE,
-    "halting": {"base": "parity-halting"},
-    "the scan": {"base": "parity-scan"},
-    "the scan, less noise": {"base": "parity-scan", "config.loop_noise": 0.1},
-    "the scan, with the carry": {"base": "parity-scan", "config.carry": True},
-    "the scan, window 4": {"base": "parity-scan", "config.window": 4},
-}
-_so_far = ARTICLE
+VARIANTS: dict[str, dict] = _file["ablations"]
+_so_far = VARIANTS["the article's recipe"]
 for _step, _changes in STEPS.items():
     VARIANTS[f"+ {_step}"] = _so_far = {**_so_far, **_changes}
+#: The variants that each measure is for.
+MEASURED: dict[str, list[str]] = {"ablations": list(VARIANTS), **_file["measured"]}
+VARIANTS |= _file["others"]
+#: Rules to stop by, and the settings tried: loops in a row with one answer, at most this KL divergence from the loop before, at most this
+#: relative change of h, at least this p of a halting head, at least this chance to have stopped.
+RULES = {"same": (1, 2, 3, 4, 6, 8, 12, 16), "KL": (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7), "change": (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005),
+         "p": (0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 0.999), "chance": (0.1, 0.3, 0.5, 0.7, 0.9, 0.99)}
 LOOPS = {16: 32, 64: 96, 256: 300, 512: 600, 1024: 1100}     # loops given to strings of each length; a scan gets 2 log2(length)
 TOKENS = 2048  # of a pass: what they need between two operations stays in the processor's cache
 
@@ -86,7 +51,7 @@ def variant(name: str) -> Recipe:
     """The recipe of a variant; ValueError listing the names there are."""
     if name not in VARIANTS:
         raise ValueError(f"variant = {name!r}: must be one of {sorted(VARIANTS)}")
-    changes = dict(VARIANTS[name])
+    changes = {k: tuple(v) if isinstance(v, list) else v for k, v in VARIANTS[name].items()}
     recipe = get_recipe(changes.pop("base", "parity-extrapolating"))
     inner = {k.removeprefix("config."): v for k, v in changes.items() if k.startswith("config.")}
     outer = {k: v for k, v in changes.items() if not k.startswith("config.")}
@@ -186,12 +151,135 @@ def halting_row(run: Run) -> dict:
     return {"halting": row}
 
 
+def head_on_frozen(model: OpenMythos, linear: bool, steps: int = 400) -> OpenMythos:
+    """The model with a halting head that is trained by `training.ready_loss` while all else stays as it is."""
+    torch.manual_seed(steps)
+    copy = OpenMythos(replace(model.config, halting="learned"))
+    copy.load_state_dict(model.state_dict(), strict=False)
+    act = copy.requires_grad_(False).recurrent.act
+    act.halt = torch.nn.Linear(model.config.dim, 1) if linear else act.halt.requires_grad_(True)
+    optimizer = torch.optim.AdamW(act.parameters(), 2e-3)
+    for _ in range(steps):
+        ids, targets = make_batch(40, int(torch.randint(9, 17, ())), strings="mixed")
+        optimizer.zero_grad()
+        ready_loss(copy, ids, targets, 16)[1].backward()
+        optimizer.step()
+    return copy.eval()
+
+
+@torch.no_grad()
+def signals(model: OpenMythos, ids: Int[Tensor, "batch seq"], n_loops: int) -> dict[str, Tensor]:
+    """What each of the `RULES` looks at, and which answers are `right`, after each loop of a run to the end: (T, B, S) by name."""
+    ctx, seen, halt = model.context(ids), {name: [] for name in ("right", *RULES)}, getattr(model.recurrent.act, "halt", None)
+    before = {"h": torch.zeros(()), "log_q": torch.zeros(()), "answer": torch.zeros(()), "same": torch.zeros(ids.shape), "going": torch.ones(ids.shape)}
+
+    def look(record):
+        log_q = model.decode(record.h, ctx).log_softmax(-1)
+        answer = log_q.argmax(-1)
+        p = torch.sigmoid(halt(record.h)).squeeze(-1) if halt else torch.zeros(ids.shape)
+        now = {"right": answer == answers(ids), "same": (before["same"] + 1) * (answer == before["answer"]), "p": p,
+               "KL": (log_q.exp() * (log_q - before["log_q"])).sum(-1), "change": (record.h - before["h"]).norm(dim=-1) / record.h.norm(dim=-1),
+               "chance": 1 - before["going"] * (1 - p)}
+        for name, values in seen.items():
+            values.append(now[name])
+        before.update(h=record.h, log_q=log_q, answer=answer, same=now["same"], going=before["going"] * (1 - p))
+
+    (model.without_halting() if halt else model.eval())(ids, n_loops, observer=look)
+    return {name: torch.stack(values) for name, values in seen.items()}
+
+
+def exits(may: Bool[Tensor, "loops batch seq"], prefix: bool) -> Int[Tensor, "batch seq"]:
+    """The loop (from 0) at which each position stops: the first at which it may, or with `prefix` at which it and all before it have
+    been free to and may; the last loop if it never comes."""
+    stopped, at = torch.zeros_like(may[0]), torch.full(may.shape[1:], len(may) - 1)
+    for t, now in enumerate(may):
+        now = (now | stopped).long().cumprod(1).bool() if prefix else now | stopped
+        at[now & ~stopped] = t
+        stopped = now
+    return at
+
+
+def exit_points(seen: dict[str, Tensor], rules: tuple) -> list[dict]:
+    """Mean loops spent and accuracy by rule, setting and whether prefix-wise; and after a fixed number of loops."""
+    correct = seen["right"]
+    last = torch.full(correct.shape[1:], len(correct) - 1)
+    stops = {("fixed", t + 1, False): torch.full_like(last, t) for t in range(0, len(correct), max(1, len(correct) // 24))}
+    for rule in rules:
+        for setting in RULES[rule]:
+            may = seen[rule] <= setting if rule in ("KL", "change") else seen[rule] >= setting
+            stops |= {(rule, setting, prefix): exits(may, prefix) for prefix in (False, True)}
+    points = []
+    for (rule, setting, prefix), at in stops.items():
+        read = correct.gather(0, at[None])[0].float()
+        points.append({"rule": rule, "setting": setting, "prefix": prefix, "loops": (at + 1).float().mean().item(),
+                       "whole": read.amin(1).mean().item(), "token": read.mean().item()})
+    return points
+
+
+def exits_row(run: Run) -> dict:
+    """By length: loops spent and accuracy of every rule that a model allows, read off its states without acting on them; of a model
+    that halts by itself, as it runs."""
+    model, points = run.model, {}
+    heads = {name: head_on_frozen(model, name == "linear") for name in ("linear", "MLP")} if model.recurrent.act is None else {}
+    for length in (16, 64, 256):
+        ids, loops = fresh_strings(length), LOOPS[length]
+        if heads:
+            points[str(length)] = exit_points(signals(model, ids, loops), ("same", "KL", "change"))
+            for name, head in heads.items():
+                points[str(length)] += [{**point, "rule": f"{name} head"} for point in exit_points(signals(head, ids, loops), ("p",)) if point["rule"] == "p"]
+        elif run.recipe.halting_loss == "PonderNet":
+            points[str(length)] = exit_points(signals(model, ids, loops), ("chance",))
+        else:
+            correct, spent = right(model, ids, [loops])[0].float(), halting_map(model, ids, loops)
+            points[str(length)] = [{"rule": "as it runs", "loops": spent.stopped_at.float().mean().item(), "executed": spent.executed,
+                                    "whole": correct.amin(1).mean().item(), "token": correct.mean().item()}]
+    return {"points": points}
+
+
+def experts_row(run: Run) -> dict:
+    """Accuracy; the load on 256 strings as long as trained, with the most loops: max violation, its mean over loops, entropy, share by
+    expert; the routing bias along the training."""
+    recipe = run.recipe
+    ids = make_batch(256, recipe.lengths[1], torch.Generator().manual_seed(2 ** 31))[0]
+    load = expert_load(run.model, ids, recipe.loops[1])
+    return {**accuracy_row(run), "violation": max_violation(load), "violation_by_loop": sum(map(max_violation, load)) / len(load),
+            "entropy": load_entropy(load), "share": (load.sum((0, 1)) / load.sum()).tolist(),
+            "bias": {str(row["step"] + 1): row["router_bias"] for row in run.history if "router_bias" in row}}
+
+
+def continued(model: OpenMythos, ids: Int[Tensor, "batch seq"], n_loops: int, cache_loops: int | None) -> tuple[float, list[float]]:
+    """Share of prompts continued by exactly the 8 right tokens; for a model that stops by itself, the loops of each new token, on
+    average over prompts."""
+    spent = []
+
+    def look(record):
+        if record.loop == 0:
+            spent.append(0.0)
+        spent[-1] += (record.loop + 1) * record.halt_weight[:, -1].mean().item()
+
+    observer = look if model.config.halting == "learned" else None
+    new = model.generate(ids, 8, n_loops, temperature=0, cache_loops=cache_loops, observer=observer)[:, ids.shape[1]:]
+    return (new == continuation(ids, 8)).all(1).float().mean().item(), spent
+
+
+def generation_row(run: Run) -> dict:
+    """Exact continuations of 16 prompts by prompt length, loops and cache entries for the loop (None: one for each)."""
+    rows = []
+    for length in (8, 16, 32, 64, 128, 256):
+        for loops in (length // 4, length // 2, length, 2 * length):
+            for kept in (None, *(k for k in (1, 2, 4) if k <= loops)):
+                exact, spent = continued(run.model, fresh_strings(length), loops, kept)
+                rows.append({"bits": length, "loops": loops, "cache_loops": kept, "exact": exact, "spent": spent})
+    return {"generation": rows}
+
+
 def pace_row(run: Run) -> dict:
     """Nothing but what every row has: when held-out strings were whole, and how long the training took."""
     return {"threads": torch.get_num_threads()}
 
 
-MEASURES = {"ablations": accuracy_row, "reach": reach_row, "halting": halting_row, "pace": pace_row}
+MEASURES = {"ablations": accuracy_row, "reach": reach_row, "halting": halting_row, "exits": exits_row, "experts": experts_row,
+            "generation": generation_row, "pace": pace_row}
 
 
 def run_one(job: tuple[str, int, str]) -> dict:
@@ -225,15 +313,15 @@ def main(argv=None):
     parser.add_argument("--seeds", default="0:5", help="FIRST:END or a single seed")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each")
     other = parser.add_mutually_exclusive_group()
-    other.add_argument("--reach", dest="measure", action="store_const", const="reach", help="measure how far a variant reaches, to 1,024 bits")
-    other.add_argument("--halting", dest="measure", action="store_const", const="halting", help="measure where positions stop")
-    other.add_argument("--pace", dest="measure", action="store_const", const="pace", help="measure only how long its training takes")
+    for measure, what in {"reach": "how far a variant reaches, to 1,024 bits", "halting": "where positions stop", "exits": "loops spent and accuracy",
+                          "experts": "how evenly experts are used", "generation": "exact continuations, by loops and cache entries",
+                          "pace": "only how long the training takes"}.items():
+        other.add_argument(f"--{measure}", dest="measure", action="store_const", const=measure, help=f"measure {what}")
     parser.set_defaults(measure="ablations")
     parser.add_argument("--out", type=Path, help="file of rows; default is the committed one")
     args = parser.parse_args(argv)
     first, _, end = args.seeds.partition(":")
-    defaults = {"ablations": [name for name in VARIANTS if name != "halting"], "halting": ["halting"]}
-    names = args.variant or defaults.get(args.measure, ["the recipe"])
+    names = args.variant or MEASURED[args.measure]
     try:
         seeds = range(int(first), int(end or int(first) + 1))
         for name in names:

@@ -10,6 +10,7 @@ import subprocess
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -27,7 +28,8 @@ from mythos_core.parity import make_batch
 
 SAVE_EVERY = 100  # steps between checkpoints
 EVAL_EVERY = 50   # steps between looks at held-out strings
-HALT_FROM = 0.3   # share of the steps after which a halting head is trained too: there is something to halt on
+HALT_FROM = 0.4   # share of the steps after which a halting head is trained too: there is something to halt on
+HELD = 4          # positions at the start that may be held back: as far as a loop can see with the window of the recipes and the shift
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Recipe:
     reach: float | None = None              # score only as far as T loops reach: `reach` times the way the token shift goes in them,
     #                                         1 + g + ... + g^(T - 1) with g = shift_growth; None = all positions. This sets the speed
     #                                         that is learned: what is scored must be answered in time
+    halting_loss: str = "ready"             # for halting = "learned": one of `HALTING_LOSSES`
+    ponder_cost: float = 0.0                # for halting = "act_remainder": weight of Graves' N + R
 
 
 RECIPES = {recipe.name: recipe for recipe in (
@@ -68,9 +72,9 @@ RECIPES = {recipe.name: recipe for recipe in (
            strings="mixed", reach=1.0),
     Recipe("parity-halting",
            parity_config(vocab_size=4, max_seq_len=4096, halting="learned", loop_embedding=False, lora_rank=0, window=4, token_shift=True,
-                         init_std=64 ** -0.5),
-           steps=800, batch=40, lr=2e-3, betas=(0.9, 0.98), warmup=50, decay=0.4, lengths=(9, 16), curriculum=0.25, loops=(1, 16),
-           spare_loops=4, strings="mixed", reach=1.5),
+                         init_std=64 ** -0.5, loop_noise=0.3, start_noise=4.0, act_threshold=0.9),
+           steps=1000, batch=40, lr=2e-3, betas=(0.9, 0.98), warmup=50, decay=0.8, lengths=(9, 16), curriculum=0.15, loops=(1, 16),
+           strings="mixed", reach=1.5),
 )}
 
 
@@ -84,8 +88,8 @@ def get_recipe(name: str) -> Recipe:
 @dataclass
 class Run:
     """A training run: the model, and one row a step: step, loss, accuracy (token, on scored positions of the batch), seconds
-    since the start, and at every 50th step and the last `held_out`: whole-string accuracy on 256 fresh uniform strings
-    of the longest length at the most loops."""
+    since the start, and at every 50th step and the last `router_bias` and `held_out`: whole-string accuracy on 256 fresh
+    uniform strings of the longest length at the most loops."""
 
     recipe: Recipe
     seed: int
@@ -181,7 +185,7 @@ def _loop(run: Run, optimizer, checkpoint, progress):
             torch.manual_seed(_step_seed(run.seed, step))
             row = {"step": step, **_step(run.model, optimizer, recipe, step)}
             if (step + 1) % EVAL_EVERY == 0 or step + 1 == recipe.steps:
-                row["held_out"] = held_out(run.model, recipe)
+                row |= {"held_out": held_out(run.model, recipe), "router_bias": run.model.recurrent.block.ffn.router_bias.tolist()}
                 shown["whole"] = f"{row['held_out']:.2f}"
             run.history.append({**row, "seconds": time.perf_counter() - start})
             bar.set_postfix(loss=f"{row['loss']:.4f}", acc=f"{row['accuracy']:.2f}", **shown, refresh=False)
@@ -197,18 +201,21 @@ def _step_seed(seed: int, step: int) -> int:
 
 def _step(model, optimizer, recipe, step) -> dict:
     """One optimiser step; its loss and token accuracy."""
-    model.train()
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(recipe, step)
     length, n_loops = draw(recipe, step)
     ids, targets = make_batch(recipe.batch, length, strings=recipe.strings, device=model.embed.weight.device)
     way = sum(recipe.config.shift_growth ** t for t in range(n_loops))
     scored = min(length, int(recipe.reach * way)) if recipe.reach else length
-    states = []
-    logits = model(ids, n_loops, observer=lambda record: states.append(record.h))
-    also = halting_loss(model, torch.stack(states), ids, targets) if teaches_halting(recipe, step) else 0.0
+    weights = []
+    if teaches_halting(recipe, step):
+        logits, also = HALTING_LOSSES[recipe.halting_loss](model, ids, targets, n_loops)
+    else:
+        logits, also = model.train()(ids, n_loops, observer=lambda record: weights.append(record.halt_weight)), 0.0
+    if recipe.ponder_cost:
+        also = recipe.ponder_cost * ponder(torch.stack(weights))
     logits, targets = logits[:, :scored].flatten(0, 1), targets[:, :scored].flatten()
-    loss = F.cross_entropy(logits, targets) + also
+    loss = F.cross_entropy(logits, targets) + also + recipe.config.balance_loss * model.recurrent.block.ffn.imbalance
     if not torch.isfinite(loss):
         raise FloatingPointError(f"loss = {loss.item()} at step {step} of recipe {recipe.name}")
     optimizer.zero_grad()
@@ -220,30 +227,76 @@ def _step(model, optimizer, recipe, step) -> dict:
 
 
 def teaches_halting(recipe: Recipe, step: int) -> bool:
-    """Whether `halting_loss` is part of the loss of this step."""
-    return recipe.config.halting == "learned" and step >= HALT_FROM * recipe.steps
+    """Whether this step is one that teaches the halting head: after a while two of three are. The third is as without halting."""
+    return recipe.config.halting == "learned" and step >= HALT_FROM * recipe.steps and step % 3 > 0
 
 
-def halting_loss(model: OpenMythos, states: Float[Tensor, "loops batch seq dim"], ids: Tensor, targets: Tensor) -> Float[Tensor, ""]:
-    """Half of: cross-entropy of the halting head, cells that are not ready weighing 16 times; and that of the answers where it stops.
+def trajectory(model: OpenMythos, ids: Tensor, n_loops: int, held: int = 0):
+    """The context and h_1 .. h_T (T, B, S, dim) without noise and without halting, with gradient. Before them come `held` loops without
+    gradient in which the first `HELD` positions wait: those behind settle on answers that cannot be right yet, as they do far from
+    the start of a long string."""
+    model.eval()
+    ctx, states = model.context(ids), []
+    h = e = model.encode(ids, ctx)
+    waits = torch.arange(ids.shape[1], device=ids.device)[:, None] < HELD
+    with torch.no_grad():
+        for t in range(held):
+            h = torch.where(waits, e, model.recurrent.step(h, e, t, ctx)[0])
+    for t in range(n_loops):
+        h, _ = model.recurrent.step(h, e, t, ctx)
+        states.append(h)
+    return ctx, torch.stack(states)
+
+
+def ready_loss(model: OpenMythos, ids: Tensor, targets: Tensor, n_loops: int, by_row: bool = False):
+    """Logits after all loops, and half of: the cross-entropy of the halting head's p, cells that are not ready weighing 16 times; and
+    that of the answers where positions stop.
 
     A position is ready at a loop if the prefix up to it is right then and at every later loop, *in every string of the
-    batch*. A string alone would call a lucky guess ready, and half of the guesses ahead of the front are lucky. The second
-    part is there since the coda reads each position at another loop, which no other loss asks of it.
+    batch*. A string alone (`by_row`) would call a lucky guess ready, and half of the guesses ahead of the front are lucky. The
+    second part is there since the coda reads each position at another loop, which no other loss asks of it.
     """
-    ctx = model.context(ids)
+    ctx, states = trajectory(model, ids, n_loops, held=int(torch.randint(n_loops + 1, ())))
     with torch.no_grad():
         right = torch.stack([model.decode(h, ctx).argmax(-1) == targets for h in states])                  # (T, B, S)
-        ready = right.long().cumprod(2).flip(0).cumprod(0).flip(0).amin(1, keepdim=True).expand_as(right)
+        ready = right.long().cumprod(2).flip(0).cumprod(0).flip(0)
+        ready = (ready if by_row else ready.amin(1, keepdim=True).expand_as(right)).bool()
+    total, stops = torch.zeros_like(ids, dtype=torch.float32), []
+    for h in states:
+        _, weight, _, total = model.recurrent.act(h, total)
+        stops.append(weight)
     logits = model.recurrent.act.halt(states).squeeze(-1)
     cells = F.binary_cross_entropy_with_logits(logits, ready.float(), reduction="none")
-    loss = (cells * torch.where(ready == 1, 1.0, 16.0)).mean()
-    stops = (logits >= 0) & (ready == 1)
-    at, stopped = stops.int().argmax(0), stops.any(0)                                                       # (B, S)
+    loss = (cells * torch.where(ready, 1.0, 16.0)).mean()
+    stops = torch.stack(stops) * ready                           # 1 where a position stops, if it is ready there
+    stopped = stops.sum(0) > 0                                   # (B, S)
     if stopped.any():
-        read = states.gather(0, at[None, ..., None].expand(1, *at.shape, states.shape[-1]))[0]
+        read = (stops.unsqueeze(-1) * states).sum(0)
         loss = loss + F.cross_entropy(model.decode(read, ctx)[stopped], targets[stopped])
-    return 0.5 * loss
+    return model.decode(states[-1], ctx), 0.5 * loss
+
+
+def ponder_net_loss(model: OpenMythos, ids: Tensor, targets: Tensor, n_loops: int):
+    """Logits after all loops, and PonderNet's loss (Banino et al. 2021): sum_n q_n CE(y_n) + 0.01 KL(q || geometric of 0.1), where a
+    position stops at loop n with probability q_n = p_n prod_{m < n} (1 - p_m), and at the last for certain."""
+    ctx, states = trajectory(model, ids, n_loops)
+    p = torch.sigmoid(model.recurrent.act.halt(states)).squeeze(-1).clamp(1e-6, 1 - 1e-6)                  # (T, B, S)
+    going = torch.cat([torch.ones_like(p[:1]), (1 - p[:-1]).cumprod(0)])
+    q = torch.cat([(going * p)[:-1], going[-1:]])
+    prior = torch.tensor([0.1 * 0.9 ** n for n in range(n_loops - 1)] + [0.9 ** (n_loops - 1)]).to(q)[:, None, None]
+    logits = torch.stack([model.decode(h, ctx) for h in states])
+    answers = F.cross_entropy(logits.movedim(-1, 1), targets.expand(n_loops, *targets.shape), reduction="none")
+    return logits[-1], (q * (answers + 0.01 * (q / prior).log())).sum(0).mean()
+
+
+HALTING_LOSSES = {"ready": ready_loss, "ready by row": partial(ready_loss, by_row=True), "PonderNet": ponder_net_loss}
+
+
+def ponder(weight: Float[Tensor, "loops batch seq"]) -> Float[Tensor, ""]:
+    """Graves' ponder cost N + R: the loops until a position halts, and the weight of the last of them, which has the gradient."""
+    loops = torch.arange(1, len(weight) + 1, device=weight.device)[:, None, None]
+    stopped_at = ((weight > 0) * loops).amax(0)
+    return (stopped_at + weight.gather(0, (stopped_at - 1).clamp(min=0)[None])[0]).float().mean()
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
@@ -261,7 +314,7 @@ def draw(recipe: Recipe, step: int) -> tuple[int, int]:
     length = int(torch.randint(min(shortest, longest), longest + 1, ()))
     if recipe.spare_loops is not None:
         most = max(fewest, min(most, length + recipe.spare_loops))
-    if teaches_halting(recipe, step) and step % 3:               # two of three with the most loops: only there is much ready, and stays so
+    if teaches_halting(recipe, step):                            # with the most loops: only there is much ready, and stays so
         return length, most
     return length, int(torch.randint(fewest, most + 1, ()))
 

@@ -34,7 +34,7 @@ def test_any_chunking_gives_the_logits_of_one_pass(config, ends, n_loops, capaci
 
 
 @pytest.mark.parametrize("attn", ["gqa", "mla"])
-@pytest.mark.parametrize("late", [0, -1000])
+@pytest.mark.parametrize("late", [0, -5, -1000])
 @pytest.mark.parametrize("ends", [[40], [20, 21, 22, 40], [*range(1, 41)]])
 def test_learned_halting_with_a_cache_is_that_without(attn, late, ends):
     model, ids, ran = stopping(late, attn_type=attn), torch.randint(0, 17, (2, 40)), []
@@ -44,7 +44,41 @@ def test_learned_halting_with_a_cache_is_that_without(attn, late, ends):
         parts = [model(ids[:, a:b], 50, cache, observer=lambda record: ran.append(record.loop)) for a, b in zip([0, *ends], ends)]
     assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-9)
     assert len(cache) == 52                                      # all loops' entries are there, though not all of them ran:
-    assert late == 0 or len(ran) == (1 + Rest.LOOPS + 1) * len(ends)
+    assert late > -1000 or len(ran) == (1 + Rest.LOOPS + 1) * len(ends)
+
+
+@pytest.mark.parametrize("halting", ["none", "act", "learned"])
+@pytest.mark.parametrize("attn", ["gqa", "mla"])
+def test_shared_entries_hold_each_position_as_its_last_loops_left_it(attn, halting):
+    torch.manual_seed(0)
+    config = tiny(attn, halting=halting, token_shift=True, window=4, loop_embedding=False, lora_rank=0, init_std=0.05)
+    model, ids, cache, own = OpenMythos(config).double().eval(), torch.randint(0, 17, (2, 12)), KVCache(loops=2), KVCache()
+    with torch.no_grad():
+        assert torch.equal(model(ids, 5, cache), model(ids, 5, own))                    # nothing is read yet from another pass
+        past = {t: own._strips[f"loop.{t}", "shift"].newest(0, 12)[:, -1] for t in range(5)}
+        assert torch.equal(cache._strips["loop.0", "shift"].newest(0, 12)[:, -1], past[4])
+        assert torch.equal(cache._strips["loop.1", "shift"].newest(0, 12)[:, -1], past[3])
+        model(ids[:, :1], 9, cache)                                                     # another number of loops
+    assert len(cache) == 4 and cache.nbytes == cache_bytes(config, 13, 2, batch=2, itemsize=8)
+
+
+def test_one_entry_for_all_loops_is_a_plain_transformers_cache_where_states_do_not_move():
+    config = tiny(halting="none", loop_embedding=False, lora_rank=0)
+    model, ids, cache = OpenMythos(config).double().eval(), torch.randint(0, 17, (2, 12)), KVCache(loops=1)
+    model.recurrent.injection.B.data.zero_()                      # h stays what it is: every loop keeps the same of a position
+    model.recurrent.injection.log_A.data.fill_(-99)
+    for weight in (model.recurrent.block.attn.out.weight, model.recurrent.block.ffn.down, model.recurrent.block.ffn.shared[0].down.weight):
+        weight.data.zero_()
+    with torch.no_grad():
+        parts = [model(part, 4, cache) for part in ids.split(3, 1)]
+    assert torch.allclose(torch.cat(parts, 1), model(ids, 4), atol=1e-5)
+
+
+@pytest.mark.parametrize("config, loops, n_loops, named", [
+    (dict(), 0, 3, "loops = 0"), (dict(), 4, 3, "n_loops = 3"), (dict(token_shift=True, shift_growth=2), 1, 3, "shift_growth")])
+def test_sharing_refuses_what_it_cannot_do(config, loops, n_loops, named):
+    with pytest.raises(ValueError, match=named):
+        OpenMythos(tiny(**config)).eval()(torch.ones(1, 4, dtype=torch.int64), n_loops, KVCache(loops=loops))
 
 
 @pytest.mark.parametrize("attn, kilobytes", [("gqa", 192), ("mla", 72)])

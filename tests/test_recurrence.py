@@ -97,10 +97,15 @@ def test_what_remains_is_dropped_by_act_and_given_to_the_last_loop_by_act_remain
 
 
 def test_learned_halting_reads_each_position_where_it_stopped():
-    model = stopping()
+    model = stopping(-5)
     _, records = run(model, IDS, 40)
     p, weight, h = (torch.stack([getattr(r, name) for r in records]) for name in ("halt_probability", "halt_weight", "h"))
-    first = torch.where((p >= 0.5).any(0), (p >= 0.5).int().argmax(0), len(records) - 1)
+    first = torch.full(IDS.shape, len(records) - 1)              # a position stops once it wants to and all before it have stopped
+    for b, row in enumerate(first):
+        stopped = 0
+        for t in range(len(records)):
+            while stopped < len(row) and p[t, b, stopped] >= 0.5:
+                row[stopped], stopped = t, stopped + 1
     assert torch.equal(weight, torch.nn.functional.one_hot(first, len(records)).movedim(-1, 0).to(weight))
     assert torch.equal(records[-1].output, h.gather(0, first[None, ..., None].expand(1, *first.shape, 32))[0])
     assert len(first.unique()) > 3
@@ -124,20 +129,20 @@ def test_positions_at_rest_need_not_be_computed(attn, monkeypatch):
         model.recurrent.act.forward = in_order(model.recurrent.act)
         runs[cut] = run(model, ids, 60)
     (expected, whole), (logits, cut) = runs.values()
-    assert torch.allclose(logits, expected, atol=1e-10) and len(cut) == len(whole)
+    assert torch.allclose(logits, expected, atol=1e-7) and len(cut) == len(whole)
     assert whole[-1].first == 0 and cut[-1].first > 30
     for a, b in zip(whole, cut):
-        assert torch.allclose(a.h, b.h, atol=1e-10) and torch.equal(a.halt_weight, b.halt_weight) and torch.equal(a.expert_ids, b.expert_ids)
+        assert torch.allclose(a.h, b.h, atol=1e-7) and torch.equal(a.halt_weight, b.halt_weight) and torch.equal(a.expert_ids, b.expert_ids)
 
 
 def in_order(act):
     """The halting unit, held back so that position s stops at loop s / 2 at the soonest and s / 2 + 6 at the latest."""
     real, loops = type(act).forward, count()
 
-    def forward(h, total):
+    def forward(h, total, open):
         t, s = next(loops), torch.arange(h.shape[1])
         p = torch.where(t < s // 2, 0.0, torch.where(t > s // 2 + 6, 1.0, real(act, h, total)[0]))
-        weight = (p >= 0.5) * (1 - total)
+        weight = ((p >= 0.5) | (total >= 1)).cumprod(1) * (1 - total)
         return p, weight, 1 - total - weight, total + weight
     return forward
 
