@@ -155,7 +155,7 @@ def head_on_frozen(model: OpenMythos, linear: bool, steps: int = 400) -> OpenMyt
     """The model with a halting head that is trained by `training.ready_loss` while all else stays as it is."""
     torch.manual_seed(steps)
     copy = OpenMythos(replace(model.config, halting="learned"))
-    copy.load_state_dict(model.state_dict(), strict=False)
+    copy.load_state_dict(model.without_halting().state_dict(), strict=False)
     act = copy.requires_grad_(False).recurrent.act
     act.halt = torch.nn.Linear(model.config.dim, 1) if linear else act.halt.requires_grad_(True)
     optimizer = torch.optim.AdamW(act.parameters(), 2e-3)
@@ -171,7 +171,7 @@ def head_on_frozen(model: OpenMythos, linear: bool, steps: int = 400) -> OpenMyt
 def signals(model: OpenMythos, ids: Int[Tensor, "batch seq"], n_loops: int) -> dict[str, Tensor]:
     """What each of the `RULES` looks at, and which answers are `right`, after each loop of a run to the end: (T, B, S) by name."""
     ctx, seen, halt = model.context(ids), {name: [] for name in ("right", *RULES)}, getattr(model.recurrent.act, "halt", None)
-    before = {"h": torch.zeros(()), "log_q": torch.zeros(()), "answer": torch.zeros(()), "same": torch.zeros(ids.shape), "going": torch.ones(ids.shape)}
+    before = {"h": torch.zeros(()), "log_q": torch.zeros(()), "answer": -torch.ones(()), "same": torch.zeros(ids.shape), "going": torch.ones(ids.shape)}
 
     def look(record):
         log_q = model.decode(record.h, ctx).log_softmax(-1)
@@ -219,20 +219,19 @@ def exit_points(seen: dict[str, Tensor], rules: tuple) -> list[dict]:
 def exits_row(run: Run) -> dict:
     """By length: loops spent and accuracy of every rule that a model allows, read off its states without acting on them; of a model
     that halts by itself, as it runs."""
-    model, points = run.model, {}
-    heads = {name: head_on_frozen(model, name == "linear") for name in ("linear", "MLP")} if model.recurrent.act is None else {}
+    model, recipe, points = run.model, run.recipe, {}
+    by_itself = recipe.config.halting != "none" and recipe.halting_loss != "PonderNet"
+    rules = {"none": ("same", "KL", "change"), "learned": ("p",) if by_itself else ("chance",)}.get(recipe.config.halting)
+    heads = {name: head_on_frozen(model, name == "linear") for name in ("linear", "MLP")} if recipe.halting_loss == "ready" and rules else {}
     for length in (16, 64, 256):
         ids, loops = fresh_strings(length), LOOPS[length]
-        if heads:
-            points[str(length)] = exit_points(signals(model, ids, loops), ("same", "KL", "change"))
-            for name, head in heads.items():
-                points[str(length)] += [{**point, "rule": f"{name} head"} for point in exit_points(signals(head, ids, loops), ("p",)) if point["rule"] == "p"]
-        elif run.recipe.halting_loss == "PonderNet":
-            points[str(length)] = exit_points(signals(model, ids, loops), ("chance",))
-        else:
+        found = points[str(length)] = exit_points(signals(model, ids, loops), rules) if rules else []
+        for name, head in heads.items():
+            found += [{**point, "rule": f"{name} head"} for point in exit_points(signals(head, ids, loops), ("p",)) if point["rule"] == "p"]
+        if by_itself:
             correct, spent = right(model, ids, [loops])[0].float(), halting_map(model, ids, loops)
-            points[str(length)] = [{"rule": "as it runs", "loops": spent.stopped_at.float().mean().item(), "executed": spent.executed,
-                                    "whole": correct.amin(1).mean().item(), "token": correct.mean().item()}]
+            found.append({"rule": "as it runs", "loops": spent.stopped_at.float().mean().item(), "executed": spent.executed,
+                          "whole": correct.amin(1).mean().item(), "token": correct.mean().item()})
     return {"points": points}
 
 
@@ -258,7 +257,7 @@ def continued(model: OpenMythos, ids: Int[Tensor, "batch seq"], n_loops: int, ca
         spent[-1] += (record.loop + 1) * record.halt_weight[:, -1].mean().item()
 
     observer = look if model.config.halting == "learned" else None
-    new = model.generate(ids, 8, n_loops, temperature=0, cache_loops=cache_loops, observer=observer)[:, ids.shape[1]:]
+    new = model.generate(ids, 8, n_loops, temperature=0.0, cache_loops=cache_loops, observer=observer)[:, ids.shape[1]:]
     return (new == continuation(ids, 8)).all(1).float().mean().item(), spent
 
 
@@ -282,10 +281,10 @@ MEASURES = {"ablations": accuracy_row, "reach": reach_row, "halting": halting_ro
             "generation": generation_row, "pace": pace_row}
 
 
-def run_one(job: tuple[str, int, str]) -> dict:
-    """Train one variant with one seed and measure it by one of `MEASURES`."""
-    name, seed, measure = job
-    run = train(variant(name), seed, progress=False)
+def run_one(job: tuple[str, int, str, Path | None]) -> dict:
+    """Train one variant with one seed, unless it is found trained in a folder of runs, and measure it by one of `MEASURES`."""
+    name, seed, measure, runs = job
+    run = train(variant(name), seed, progress=False, out=runs and runs / f"{name}, seed {seed}", resume=True)
     flag = "" if measure == "ablations" else f"--{measure} "
     return {
         "variant": name, "seed": seed, **MEASURES[measure](run), "when_whole": when_whole(run),
@@ -318,6 +317,7 @@ def main(argv=None):
                           "pace": "only how long the training takes"}.items():
         other.add_argument(f"--{measure}", dest="measure", action="store_const", const=measure, help=f"measure {what}")
     parser.set_defaults(measure="ablations")
+    parser.add_argument("--runs", type=Path, help="folder to keep trained models in, for the next measure or after an interruption")
     parser.add_argument("--out", type=Path, help="file of rows; default is the committed one")
     args = parser.parse_args(argv)
     first, _, end = args.seeds.partition(":")
@@ -330,7 +330,7 @@ def main(argv=None):
         parser.exit(2, f"{parser.prog}: {error}\n")
     file = args.out or RESULTS / f"{args.measure}.json"
     done = {(row["variant"], row["seed"]) for row in load(file)}
-    jobs = [(name, seed, args.measure) for seed in seeds for name in names if (name, seed) not in done]
+    jobs = [(name, seed, args.measure, args.runs) for seed in seeds for name in names if (name, seed) not in done]
     for _, row in in_processes(run_one, jobs, args.workers):
         append(file, row)
         tqdm.write(f"{row['variant']} seed {row['seed']}: {row.get('whole', row['when_whole'])}")

@@ -29,7 +29,7 @@ from mythos_core.parity import make_batch
 SAVE_EVERY = 100  # steps between checkpoints
 EVAL_EVERY = 50   # steps between looks at held-out strings
 HALT_FROM = 0.4   # share of the steps after which a halting head is trained too: there is something to halt on
-HELD = 4          # positions at the start that may be held back: as far as a loop can see with the window of the recipes and the shift
+HEAD = 4          # positions at the start that run alone at first: as far as a loop sees, with the recipes' window of 4 and the shift
 
 
 @dataclass(frozen=True)
@@ -231,17 +231,18 @@ def teaches_halting(recipe: Recipe, step: int) -> bool:
     return recipe.config.halting == "learned" and step >= HALT_FROM * recipe.steps and step % 3 > 0
 
 
-def trajectory(model: OpenMythos, ids: Tensor, n_loops: int, held: int = 0):
-    """The context and h_1 .. h_T (T, B, S, dim) without noise and without halting, with gradient. Before them come `held` loops without
-    gradient in which the first `HELD` positions wait: those behind settle on answers that cannot be right yet, as they do far from
-    the start of a long string."""
-    model.eval()
-    ctx, states = model.context(ids), []
+def trajectory(model: OpenMythos, ids: Tensor, n_loops: int, alone: int = 0):
+    """The context and h_1 .. h_T (T, B, S, dim) with every loop run, noise as the model's mode has it. Before them come, without gradient,
+    `alone` loops in which the first `HEAD` positions are not seen to change by the others: these settle on answers that cannot be
+    right yet, as they do far from the start of a long string."""
+    ctx, head_ctx, states = model.context(ids), model.context(ids[:, :HEAD]), []
     h = e = model.encode(ids, ctx)
-    waits = torch.arange(ids.shape[1], device=ids.device)[:, None] < HELD
+    head = start = e[:, :HEAD]
     with torch.no_grad():
-        for t in range(held):
-            h = torch.where(waits, e, model.recurrent.step(h, e, t, ctx)[0])
+        for t in range(alone):
+            head, _ = model.recurrent.step(head, start, t, head_ctx)
+            h = torch.cat([start, model.recurrent.step(h, e, t, ctx)[0][:, HEAD:]], 1)
+    h = torch.cat([head, h[:, HEAD:]], 1)
     for t in range(n_loops):
         h, _ = model.recurrent.step(h, e, t, ctx)
         states.append(h)
@@ -252,15 +253,17 @@ def ready_loss(model: OpenMythos, ids: Tensor, targets: Tensor, n_loops: int, by
     """Logits after all loops, and half of: the cross-entropy of the halting head's p, cells that are not ready weighing 16 times; and
     that of the answers where positions stop.
 
-    A position is ready at a loop if the prefix up to it is right then and at every later loop, *in every string of the
-    batch*. A string alone (`by_row`) would call a lucky guess ready, and half of the guesses ahead of the front are lucky. The
-    second part is there since the coda reads each position at another loop, which no other loss asks of it.
+    A position is ready at a loop if, in a pass without noise, the prefix up to it is right then and at every later loop, *in every
+    string of the batch*. A string alone (`by_row`) would call a lucky guess ready, and half of the guesses ahead of the front are
+    lucky. The second part is there since the coda reads each position at another loop, which no other loss asks of it.
     """
-    ctx, states = trajectory(model, ids, n_loops, held=int(torch.randint(n_loops + 1, ())))
+    alone = int(torch.randint(n_loops + 1, ()))
     with torch.no_grad():
-        right = torch.stack([model.decode(h, ctx).argmax(-1) == targets for h in states])                  # (T, B, S)
+        ctx, clean = trajectory(model.eval(), ids, n_loops, alone)
+        right = torch.stack([model.decode(h, ctx).argmax(-1) == targets for h in clean])                   # (T, B, S)
         ready = right.long().cumprod(2).flip(0).cumprod(0).flip(0)
         ready = (ready if by_row else ready.amin(1, keepdim=True).expand_as(right)).bool()
+    _, states = trajectory(model.train(), ids, n_loops, alone)
     total, stops = torch.zeros_like(ids, dtype=torch.float32), []
     for h in states:
         _, weight, _, total = model.recurrent.act(h, total)
@@ -279,7 +282,7 @@ def ready_loss(model: OpenMythos, ids: Tensor, targets: Tensor, n_loops: int, by
 def ponder_net_loss(model: OpenMythos, ids: Tensor, targets: Tensor, n_loops: int):
     """Logits after all loops, and PonderNet's loss (Banino et al. 2021): sum_n q_n CE(y_n) + 0.01 KL(q || geometric of 0.1), where a
     position stops at loop n with probability q_n = p_n prod_{m < n} (1 - p_m), and at the last for certain."""
-    ctx, states = trajectory(model, ids, n_loops)
+    ctx, states = trajectory(model.train(), ids, n_loops)
     p = torch.sigmoid(model.recurrent.act.halt(states)).squeeze(-1).clamp(1e-6, 1 - 1e-6)                  # (T, B, S)
     going = torch.cat([torch.ones_like(p[:1]), (1 - p[:-1]).cumprod(0)])
     q = torch.cat([(going * p)[:-1], going[-1:]])

@@ -49,7 +49,8 @@ def tiny(attn_type: str = "gqa", **changes) -> MythosConfig:
 def stopping(late=0.0, **changes):
     """A float64 model with learned halting whose positions stop at many different loops, or never; the larger `late`, the later."""
     torch.manual_seed(5)
-    model = OpenMythos(tiny(halting="learned", act_threshold=0.5, loop_embedding=False, lora_rank=0, token_shift=True, **{"window": 3, **changes})).double().eval()
+    settings = dict(halting="learned", act_threshold=0.5, loop_embedding=False, lora_rank=0, token_shift=True, window=3)
+    model = OpenMythos(tiny(**{**settings, **changes})).double().eval()
     model.recurrent.act.halt[-1].bias.data.fill_(-late)
     model.recurrent.act.halt[-1].weight.data.mul_(30)
     return model

@@ -101,3 +101,17 @@ def test_without_a_rate_nothing_is_counted():
     moe.train()(torch.randn(1, 5, 32))
     moe.balance()
     assert not moe.router_bias.any() and not moe.load.any()
+
+
+def test_the_auxiliary_loss_is_its_definition():
+    moe, passes = make(n_experts=5, n_experts_per_tok=2, balance_loss=0.01), [torch.randn(2, 7, 32), torch.randn(1, 3, 32)]
+    assert moe.imbalance == 0.0
+    expected = 0.0
+    for x in passes:
+        _, ids = moe(x)
+        probability = moe.router(x.flatten(0, 1)).softmax(-1).mean(0)
+        expected += sum((ids == i).sum() / ids.numel() * probability[i] for i in range(5)) * 5 / 2
+    assert moe.imbalance.item() == pytest.approx(expected.item()) and moe.imbalance.requires_grad
+    moe.balance()
+    assert moe.imbalance == 0.0
+    assert moe.eval()(passes[0]) and moe.imbalance == 0.0          # counted in training only

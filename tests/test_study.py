@@ -62,8 +62,8 @@ def test_rows_are_made_kept_and_not_made_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, "LOOPS", {length: 2 for length in study.LOOPS})
     file = tmp_path / "rows.json"
     for seed in (1, 0):
-        study.append(file, study.run_one(("NoPE", seed, "ablations")))
-    study.append(file, study.run_one(("window 2", 0, "ablations")))
+        study.append(file, study.run_one(("NoPE", seed, "ablations", None)))
+    study.append(file, study.run_one(("window 2", 0, "ablations", None)))
     rows = json.loads(file.read_text())
     assert [(row["variant"], row["seed"]) for row in rows] == [("window 2", 0), ("NoPE", 0), ("NoPE", 1)]
     assert all({"whole", "loops", "command", "commit", "versions", "recipe", "parameters"} <= set(row) for row in rows)
@@ -141,3 +141,62 @@ def test_an_unknown_variant_is_refused_before_any_work(tmp_path, capsys):
     with pytest.raises(SystemExit):
         study.main(["--variant", "window 3", "--out", str(tmp_path / "rows.json")])
     assert "must be one of" in capsys.readouterr().err and not (tmp_path / "rows.json").exists()
+
+
+def test_exits_are_the_first_loops_at_which_a_position_may_stop_alone_or_with_all_before_it():
+    may = torch.rand(9, 3, 7, generator=torch.Generator().manual_seed(0)) < 0.4
+    plain, prefix = study.exits(may, False), study.exits(may, True)
+    for b in range(3):
+        stopped = 0
+        for s in range(7):
+            assert plain[b, s] == next((t for t in range(9) if may[t, b, s]), 8)
+        for t in range(9):
+            while stopped < 7 and may[t, b, stopped]:
+                assert prefix[b, stopped] == t
+                stopped += 1
+        assert (prefix[b, stopped:] == 8).all()
+    assert (prefix >= plain).all() and (prefix > plain).any()
+
+
+def test_signals_and_points_are_what_a_plain_look_gives():
+    torch.manual_seed(0)
+    config = tiny(halting="learned", loop_embedding=False, init_std=0.2, vocab_size=4)
+    model, ids = OpenMythos(config).eval(), make_batch(3, 8)[0]
+    seen, logits = study.signals(model, ids, 6), [model.without_halting()(ids, n + 1) for n in range(6)]
+    h = []
+    model.without_halting()(ids, 6, observer=lambda record: h.append(record.h))
+    going = torch.ones(3, 8)
+    for t in range(1, 6):
+        answer = [x.argmax(-1) for x in logits[:t + 1]]
+        assert torch.equal(seen["right"][t], answer[t] == answers(ids))
+        same = torch.tensor([[next((k for k in range(t) if answer[t - k][b, s] != answer[t - k - 1][b, s]), t) for s in range(8)] for b in range(3)])
+        assert torch.equal(seen["same"][t].long(), same)
+        q, before = logits[t].log_softmax(-1), logits[t - 1].log_softmax(-1)
+        assert torch.allclose(seen["KL"][t], (q.exp() * (q - before)).sum(-1), atol=1e-5)
+        assert torch.allclose(seen["change"][t], (h[t] - h[t - 1]).norm(dim=-1) / h[t].norm(dim=-1), atol=1e-5)
+        assert torch.allclose(seen["p"][t], torch.sigmoid(model.recurrent.act.halt(h[t])).squeeze(-1), atol=1e-5)
+    for t in range(6):
+        going = going * (1 - seen["p"][t])
+        assert torch.allclose(seen["chance"][t], 1 - going, atol=1e-5)
+    points = study.exit_points(seen, ("same", "KL"))
+    fixed = [p for p in points if p["rule"] == "fixed"]
+    assert [p["loops"] for p in fixed] == [1, 2, 3, 4, 5, 6]
+    assert [p["token"] for p in fixed] == pytest.approx(seen["right"].float().mean((1, 2)).tolist())
+    (point,) = [p for p in points if p["rule"] == "same" and p["setting"] == 2 and p["prefix"]]
+    at = study.exits(seen["same"] >= 2, True)
+    assert point["loops"] == pytest.approx((at + 1).float().mean().item())
+    assert point["token"] == pytest.approx(torch.stack([seen["right"][at[b, s], b, s] for b in range(3) for s in range(8)]).float().mean().item())
+
+
+def test_a_head_on_a_frozen_model_changes_nothing_but_itself():
+    model = OpenMythos(get_recipe("parity-extrapolating").config).eval()
+    head = study.head_on_frozen(model, linear=True, steps=2)
+    frozen = head.without_halting().state_dict()
+    assert all(torch.equal(tensor, frozen[name]) for name, tensor in model.state_dict().items())
+    assert head.recurrent.act.halt.weight.shape == (1, 64) and not head.training
+
+
+def test_continuations_are_counted_whole():
+    model = OpenMythos.from_pretrained("parity-extrapolating")
+    assert study.continued(model, study.fresh_strings(16), 32, None) == (1.0, [])
+    assert study.continued(model, study.fresh_strings(16), 2, None)[0] < 1

@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from mythos_core import OpenMythos, training
 from mythos_core.config import parity_config
 from mythos_core.model import PRETRAINED, shipped
 from mythos_core.parity import make_batch
-from mythos_core.training import Recipe, draw, get_recipe, halting_loss, held_out, learning_rate, main, train, train_all
+from mythos_core.training import Recipe, draw, get_recipe, held_out, learning_rate, main, ponder, ponder_net_loss, ready_loss, train, train_all, trajectory
 
 SHORT = replace(get_recipe("parity-extrapolating"), steps=12)
 
@@ -158,7 +159,8 @@ def test_command_line(tmp_path, capsys):
     assert stop.value.code == 2 and "must be one of" in capsys.readouterr().err
 
 
-def test_halting_is_taught_where_every_string_is_right_from_then_on():
+@pytest.mark.parametrize("by_row", [False, True])
+def test_halting_is_taught_where_every_string_is_right_from_then_on(by_row, monkeypatch):
     """A state here holds its answer's logits in channels 0 to 2 and its halting logit in channel 3."""
     torch.manual_seed(1)
     T, B, S = 7, 3, 6
@@ -166,9 +168,10 @@ def test_halting_is_taught_where_every_string_is_right_from_then_on():
     answers = torch.where(torch.rand(T, B, S) < 0.15, 3 - targets, targets)
     answers[3:, :, 2] = targets[:, 2]
     answers[2:, :, :2] = targets[:, :2]
-    ready = torch.tensor([[all(bool((answers[later, b, : i + 1] == targets[b, : i + 1]).all()) for later in range(t, T) for b in range(B))
-                           for i in range(S)] for t in range(T)])
-    assert 0 < ready.sum() < ready.numel() - S
+    own = torch.tensor([[[all(bool((answers[later, b, : i + 1] == targets[b, : i + 1]).all()) for later in range(t, T))
+                          for i in range(S)] for b in range(B)] for t in range(T)])
+    ready = own if by_row else own.all(1, keepdim=True).expand(T, B, S)
+    assert 0 < ready.sum() < ready.numel() - S and not torch.equal(own, own.all(1, keepdim=True).expand(T, B, S))
 
     class Channel(torch.nn.Module):
         def forward(self, h):
@@ -178,12 +181,69 @@ def test_halting_is_taught_where_every_string_is_right_from_then_on():
     model.decode, model.recurrent.act.halt = lambda h, ctx: h[..., :3], Channel()
 
     def loss(halt):
-        return halting_loss(model, torch.cat([20.0 * F.one_hot(answers, 3), 20.0 * halt[..., None]], -1), ids, targets).item()
+        states = torch.cat([20.0 * F.one_hot(answers, 3), 20.0 * halt[..., None]], -1)
+        monkeypatch.setattr(training, "trajectory", lambda *args, **kwargs: (None, states))
+        logits, also = ready_loss(model, ids, targets, T, by_row)
+        assert torch.equal(logits, states[-1, ..., :3])
+        return also.item()
 
-    halt = (2.0 * ready - 1)[:, None].expand(T, B, S)
+    halt = 2.0 * ready - 1
     assert loss(halt) < 1e-6                                     # no error: stops at ready cells only, and reads right answers there
     for t, i in ((0, 0), (5, 1), (T - 1, S - 1)):
         flipped = halt.clone()
         flipped[t, 1, i] *= -1
-        weight = 1.0 if ready[t, i] else 16.0
+        weight = 1.0 if ready[t, 1, i] else 16.0
         assert loss(flipped) == pytest.approx(0.5 * weight * 20 / halt.numel(), rel=1e-4)
+
+
+def test_a_trajectory_starts_where_the_others_did_not_see_the_first_positions():
+    config = tiny(halting="learned", loop_embedding=False, lora_rank=0, token_shift=True, window=4, loop_noise=1.0, start_noise=4.0)
+    model, ids, states = OpenMythos(config).double(), torch.randint(0, 17, (2, 9)), []
+    model.eval().without_halting()(ids, 5, observer=lambda record: states.append(record.h))
+    _, plain = trajectory(model, ids, 5)
+    assert torch.equal(plain, torch.stack(states)) and plain.requires_grad
+    ctx = model.context(ids)
+    h = e = model.encode(ids, ctx)
+    for _ in range(3):
+        h, _ = model.recurrent.step(h, e, 0, ctx)
+        h = torch.cat([e[:, :training.HEAD], h[:, training.HEAD:]], 1)
+    h = torch.cat([states[2][:, :training.HEAD], h[:, training.HEAD:]], 1)          # what they see at last: three loops on
+    assert torch.allclose(trajectory(model, ids, 5, alone=3)[1][0], model.recurrent.step(h, e, 0, ctx)[0])
+    assert not torch.allclose(trajectory(model, ids, 5, alone=3)[1][0], states[3])
+
+
+def test_ponder_net_loss_is_its_definition():
+    torch.manual_seed(2)
+    model, ids, T = OpenMythos(tiny(halting="learned", loop_embedding=False)).double(), torch.randint(1, 3, (2, 4)), 5
+    targets, (ctx, states) = ids.flip(1), trajectory(model, ids, T)                 # no noise in this config
+    expected = 0.0
+    for b in range(2):
+        for s in range(4):
+            going, prior = 1.0, 1.0
+            for t in range(T):
+                p = torch.sigmoid(model.recurrent.act.halt(states[t, b, s])).item() if t < T - 1 else 1.0
+                q, wanted = going * p, prior * (0.1 if t < T - 1 else 1.0)
+                answer = -model.decode(states[t], ctx)[b, s].log_softmax(-1)[targets[b, s]].item()
+                expected += q * (answer + 0.01 * math.log(q / wanted)) / 8
+                going, prior = going * (1 - p), prior * 0.9
+    logits, loss = ponder_net_loss(model, ids, targets, T)
+    assert loss.item() == pytest.approx(expected, rel=1e-9) and torch.equal(logits, model.decode(states[-1], ctx))
+
+
+def test_the_ponder_cost_is_the_loops_taken_and_the_weight_of_the_last():
+    weight = torch.tensor([[0.2, 1.0, 0.5], [0.8, 0.0, 0.25], [0.0, 0.0, 0.25]])[:, None].requires_grad_()   # (T, 1, S): stop after 2, 1, 3
+    cost = ponder(weight)
+    assert cost.item() == pytest.approx((2.8 + 2.0 + 3.25) / 3)
+    cost.backward()
+    assert torch.equal(weight.grad[:, 0] > 0, torch.tensor([[False, True, False], [True, False, False], [False, False, True]]))
+
+
+@pytest.mark.parametrize("changes", [dict(halting_loss="PonderNet"), dict(halting_loss="ready by row"), dict(ponder_cost=0.01), dict(balance_loss=0.01)])
+def test_every_loss_trains(changes):
+    recipe = get_recipe("parity-halting" if "halting_loss" in changes else "parity-extrapolating")
+    inner = {"halting": "act_remainder", "halt_bias": -3.0, "min_loops": 3} if "ponder_cost" in changes else {}
+    inner |= {k: v for k, v in changes.items() if k == "balance_loss"}
+    recipe = replace(recipe, steps=6, config=replace(recipe.config, **inner), **{k: v for k, v in changes.items() if k != "balance_loss"})
+    plain = replace(recipe, halting_loss="ready", ponder_cost=0.0, config=replace(recipe.config, balance_loss=0.0))
+    a, b = (train(r, 3, progress=False) for r in (recipe, plain))
+    assert not torch.equal(a.model.embed.weight, b.model.embed.weight)
