@@ -29,6 +29,7 @@ from mythos_core.parity import make_batch
 SAVE_EVERY = 100  # steps between checkpoints
 EVAL_EVERY = 50   # steps between looks at held-out strings
 HALT_FROM = 0.4   # share of the steps after which a halting head is trained too: there is something to halt on
+LONGEST_WAIT = 128  # most loops of a `late_start`; their logarithm is drawn uniformly
 HEAD = 4          # positions at the start that run alone at first: as far as a loop sees, with the recipes' window of 4 and the shift
 
 
@@ -231,18 +232,24 @@ def teaches_halting(recipe: Recipe, step: int) -> bool:
     return recipe.config.halting == "learned" and step >= HALT_FROM * recipe.steps and step % 3 > 0
 
 
-def trajectory(model: OpenMythos, ids: Tensor, n_loops: int, alone: int = 0):
-    """The context and h_1 .. h_T (T, B, S, dim) with every loop run, noise as the model's mode has it. Before them come, without gradient,
-    `alone` loops in which the first `HEAD` positions are not seen to change by the others: these settle on answers that cannot be
-    right yet, as they do far from the start of a long string."""
-    ctx, head_ctx, states = model.context(ids), model.context(ids[:, :HEAD]), []
+@torch.no_grad()
+def late_start(model: OpenMythos, ids: Tensor, n_loops: int) -> Float[Tensor, "batch seq dim"]:
+    """The state after `n_loops` loops in which the first `HEAD` positions are not seen to change by the others. These settle on answers
+    that cannot be right yet, as they do far from the start of a long string."""
+    ctx, head_ctx = model.eval().context(ids), model.context(ids[:, :HEAD])
     h = e = model.encode(ids, ctx)
     head = start = e[:, :HEAD]
-    with torch.no_grad():
-        for t in range(alone):
-            head, _ = model.recurrent.step(head, start, t, head_ctx)
-            h = torch.cat([start, model.recurrent.step(h, e, t, ctx)[0][:, HEAD:]], 1)
-    h = torch.cat([head, h[:, HEAD:]], 1)
+    for t in range(n_loops):
+        head, _ = model.recurrent.step(head, start, t, head_ctx)
+        h = torch.cat([start, model.recurrent.step(h, e, t, ctx)[0][:, HEAD:]], 1)
+    return torch.cat([head, h[:, HEAD:]], 1)
+
+
+def trajectory(model: OpenMythos, ids: Tensor, n_loops: int, start: Tensor | None = None):
+    """The context and h_1 .. h_T (T, B, S, dim) from h_0 = `start`, or e, with every loop run, and noise as the model's mode has it."""
+    ctx, states = model.context(ids), []
+    e = model.encode(ids, ctx)
+    h = e if start is None else start
     for t in range(n_loops):
         h, _ = model.recurrent.step(h, e, t, ctx)
         states.append(h)
@@ -250,26 +257,26 @@ def trajectory(model: OpenMythos, ids: Tensor, n_loops: int, alone: int = 0):
 
 
 def ready_loss(model: OpenMythos, ids: Tensor, targets: Tensor, n_loops: int, by_row: bool = False):
-    """Logits after all loops, and half of: the cross-entropy of the halting head's p, cells that are not ready weighing 16 times; and
-    that of the answers where positions stop.
+    """Logits after all loops, and half of: the cross-entropy of the halting head's p, on states with noise and without, cells that are
+    not ready weighing 16 times; and that of the answers where positions stop.
 
     A position is ready at a loop if, in a pass without noise, the prefix up to it is right then and at every later loop, *in every
     string of the batch*. A string alone (`by_row`) would call a lucky guess ready, and half of the guesses ahead of the front are
     lucky. The second part is there since the coda reads each position at another loop, which no other loss asks of it.
     """
-    alone = int(torch.randint(n_loops + 1, ()))
+    start = late_start(model, ids, int(LONGEST_WAIT ** torch.rand(())))
     with torch.no_grad():
-        ctx, clean = trajectory(model.eval(), ids, n_loops, alone)
+        ctx, clean = trajectory(model.eval(), ids, n_loops, start)
         right = torch.stack([model.decode(h, ctx).argmax(-1) == targets for h in clean])                   # (T, B, S)
         ready = right.long().cumprod(2).flip(0).cumprod(0).flip(0)
         ready = (ready if by_row else ready.amin(1, keepdim=True).expand_as(right)).bool()
-    _, states = trajectory(model.train(), ids, n_loops, alone)
+    _, states = trajectory(model.train(), ids, n_loops, start)
     total, stops = torch.zeros_like(ids, dtype=torch.float32), []
     for h in states:
         _, weight, _, total = model.recurrent.act(h, total)
         stops.append(weight)
-    logits = model.recurrent.act.halt(states).squeeze(-1)
-    cells = F.binary_cross_entropy_with_logits(logits, ready.float(), reduction="none")
+    logits = model.recurrent.act.halt(torch.stack([states, clean])).squeeze(-1)                            # (2, T, B, S)
+    cells = F.binary_cross_entropy_with_logits(logits, ready.float().expand_as(logits), reduction="none")
     loss = (cells * torch.where(ready, 1.0, 16.0)).mean()
     stops = torch.stack(stops) * ready                           # 1 where a position stops, if it is ready there
     stopped = stops.sum(0) > 0                                   # (B, S)

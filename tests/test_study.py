@@ -7,10 +7,11 @@ import torch
 from conftest import tiny
 
 from mythos_core import OpenMythos, study
+from mythos_core.config import MythosConfig
 from mythos_core.model import PRETRAINED, shipped
-from mythos_core.parity import answers, make_batch
-from mythos_core.probes import depth_sweep
-from mythos_core.training import get_recipe
+from mythos_core.parity import answers, make_batch, structured
+from mythos_core.probes import depth_sweep, halting_map
+from mythos_core.training import Recipe, get_recipe
 
 
 def test_a_variant_changes_what_it_says_and_nothing_else():
@@ -73,15 +74,23 @@ def test_rows_are_made_kept_and_not_made_again(tmp_path, monkeypatch, capsys):
     assert file.read_text() == before                        # nothing was missing
 
 
-@pytest.fixture(params=["reach", "ablations", "halting", "pace"])
+@pytest.fixture(params=list(study.MEASURES))
 def committed(request):
     return study.load(study.RESULTS / f"{request.param}.json")
+
+
+def as_kept(recipe, kept):
+    """The recipe as JSON, without fields that are newer than what was `kept` of it, if they are at their defaults."""
+    now, default = (json.loads(json.dumps(asdict(r))) for r in (recipe, Recipe(recipe.name, MythosConfig())))
+    config, kept_config = now.pop("config"), kept["config"] if isinstance(kept["config"], dict) else config
+    shorter = {k: v for k, v in now.items() if k in kept or v != default[k]}
+    return {**shorter, "config": {k: v for k, v in config.items() if k in kept_config or v != default["config"][k]}}
 
 
 def test_committed_rows_are_of_the_recipes_there_are(committed):
     assert committed
     for row in committed:
-        assert row["recipe"] == json.loads(json.dumps(asdict(study.variant(row["variant"])))), row["variant"]
+        assert row["recipe"] == as_kept(study.variant(row["variant"]), row["recipe"]), row["variant"]
         assert f"--variant '{row['variant']}' --seeds {row['seed']}" in row["command"]
         assert len(row["commit"]) == 40 and {"python", "torch", "numpy"} == set(row["versions"])
     assert len({(row["variant"], row["seed"]) for row in committed}) == len(committed)
@@ -104,12 +113,15 @@ def median_seed(rows, value):
 
 def test_the_shipped_models_are_the_median_seeds():
     rows = {"parity-extrapolating": [row for row in study.load(study.RESULTS / "reach.json") if row["variant"] == "the recipe"],
-            "parity-seed": [row for row in study.load(study.RESULTS / "ablations.json") if row["variant"] == "the article's recipe"]}
-    values = {"parity-extrapolating": lambda row: row["needed"]["256"]["random"], "parity-seed": lambda row: row["executed"]}
+            "parity-seed": [row for row in study.load(study.RESULTS / "ablations.json") if row["variant"] == "the article's recipe"],
+            "parity-halting": study.load(study.RESULTS / "halting.json")}
+    values = {"parity-extrapolating": lambda row: row["needed"]["256"]["random"], "parity-seed": lambda row: row["executed"],
+              "parity-halting": lambda row: row["halting"]["256"]["stopped"]}
+    assert set(shipped()) == set(rows)
     for name in shipped():
         about = json.loads((PRETRAINED / name / "config.json").read_text())["provenance"]
         assert about["seed"] == median_seed(rows[name], values[name])
-        assert about["recipe"] | {"config": None} == json.loads(json.dumps(asdict(get_recipe(name)))) | {"config": None}
+        assert about["recipe"] | {"config": None} == as_kept(get_recipe(name), about["recipe"]) | {"config": None}
 
 
 def test_the_shipped_model_does_what_its_committed_row_says():
@@ -122,11 +134,38 @@ def test_the_shipped_model_does_what_its_committed_row_says():
         assert needed == pytest.approx(row["needed"][str(length)]["random"], rel=0.02)
 
 
+def test_positions_stop_by_themselves_on_five_seeds():
+    rows = study.load(study.RESULTS / "halting.json")
+    assert [row["seed"] for row in rows] == list(range(5))
+    for row in rows:
+        for by_length in row["halting"].values():
+            assert by_length["whole"] == 1.0 and all(by_length["structured"].values()) and by_length["never"] < 0.01
+    late = {n: sorted(row["halting"][n]["stopped"] - row["halting"][n]["needed"] for row in rows)[2] for n in ("64", "256")}
+    assert late["64"] < 2 and late["256"] < 4
+
+
+def test_the_shipped_halting_model_does_what_its_committed_row_says():
+    model = OpenMythos.from_pretrained("parity-halting")
+    seed = json.loads((PRETRAINED / "parity-halting" / "config.json").read_text())["provenance"]["seed"]
+    (row,) = [row["halting"] for row in study.load(study.RESULTS / "halting.json") if row["seed"] == seed]
+    for length in (16, 64):
+        ids = torch.cat([study.fresh_strings(length), *structured(length).values()])
+        assert (model(ids, 2 * length).argmax(-1) == answers(ids)).all()
+        stopped = halting_map(model, ids[:16], row[str(length)]["loops"]).stopped_at.float().mean().item()
+        assert stopped == pytest.approx(row[str(length)]["stopped"], rel=0.02)
+
+
 def test_every_variant_was_run_with_five_seeds_and_none_left_out():
     rows = study.load(study.RESULTS / "ablations.json")
     seeds = {name: [row["seed"] for row in rows if row["variant"] == name] for name in study.MEASURED["ablations"]}
     assert all(found == list(range(5)) for found in seeds.values()), seeds
-    assert [row["seed"] for row in study.load(study.RESULTS / "halting.json")] == list(range(5))
+
+
+@pytest.mark.parametrize("measure", ["halting", "exits", "experts", "generation"])
+def test_every_comparison_has_five_seeds_and_none_left_out(measure):
+    rows = study.load(study.RESULTS / f"{measure}.json")
+    assert [(row["variant"], row["seed"]) for row in rows] == [(name, seed) for name in sorted(study.MEASURED[measure], key=list(study.VARIANTS).index)
+                                                              for seed in range(5)]
 
 
 def test_the_median_training_was_whole_at_16_bits_within_20_seconds_and_done_within_45():

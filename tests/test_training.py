@@ -11,7 +11,21 @@ from mythos_core import OpenMythos, training
 from mythos_core.config import parity_config
 from mythos_core.model import PRETRAINED, shipped
 from mythos_core.parity import make_batch
-from mythos_core.training import Recipe, draw, get_recipe, held_out, learning_rate, main, ponder, ponder_net_loss, ready_loss, train, train_all, trajectory
+from mythos_core.training import (
+    Recipe,
+    draw,
+    get_recipe,
+    held_out,
+    late_start,
+    learning_rate,
+    main,
+    ponder,
+    ponder_net_loss,
+    ready_loss,
+    train,
+    train_all,
+    trajectory,
+)
 
 SHORT = replace(get_recipe("parity-extrapolating"), steps=12)
 
@@ -208,8 +222,9 @@ def test_a_trajectory_starts_where_the_others_did_not_see_the_first_positions():
         h, _ = model.recurrent.step(h, e, 0, ctx)
         h = torch.cat([e[:, :training.HEAD], h[:, training.HEAD:]], 1)
     h = torch.cat([states[2][:, :training.HEAD], h[:, training.HEAD:]], 1)          # what they see at last: three loops on
-    assert torch.allclose(trajectory(model, ids, 5, alone=3)[1][0], model.recurrent.step(h, e, 0, ctx)[0])
-    assert not torch.allclose(trajectory(model, ids, 5, alone=3)[1][0], states[3])
+    late = late_start(model, ids, 3)
+    assert torch.allclose(late, h) and not torch.allclose(late, states[2])
+    assert torch.allclose(trajectory(model, ids, 5, late)[1][0], model.recurrent.step(h, e, 0, ctx)[0])
 
 
 def test_ponder_net_loss_is_its_definition():
