@@ -252,12 +252,11 @@ def continued(model: OpenMythos, ids: Int[Tensor, "batch seq"], n_loops: int, ca
     spent = []
 
     def look(record):
-        if record.loop == 0:
-            spent.append(0.0)
+        spent.extend([0.0] * (record.loop == 0))
         spent[-1] += (record.loop + 1) * record.halt_weight[:, -1].mean().item()
 
     observer = look if model.config.halting == "learned" else None
-    new = model.generate(ids, 8, n_loops, temperature=0.0, cache_loops=cache_loops, observer=observer)[:, ids.shape[1]:]
+    new = model.generate(ids, 8, n_loops, 0.0, cache_loops=cache_loops, observer=observer)[:, ids.shape[1]:]
     return (new == continuation(ids, 8)).all(1).float().mean().item(), spent
 
 
@@ -285,11 +284,10 @@ def run_one(job: tuple[str, int, str, Path | None]) -> dict:
     """Train one variant with one seed, unless it is found trained in a folder of runs, and measure it by one of `MEASURES`."""
     name, seed, measure, runs = job
     run = train(variant(name), seed, progress=False, out=runs and runs / f"{name}, seed {seed}", resume=True)
-    flag = "" if measure == "ablations" else f"--{measure} "
     return {
         "variant": name, "seed": seed, **MEASURES[measure](run), "when_whole": when_whole(run),
         "train_seconds": run.history[-1]["seconds"], "parameters": sum(p.numel() for p in run.model.parameters()),
-        "recipe": asdict(run.recipe), "command": f"python -m mythos_core.study {flag}--variant '{name}' --seeds {seed}",
+        "recipe": asdict(run.recipe), "command": f"python -m mythos_core.study --{measure} --variant '{name}' --seeds {seed}",
         "commit": commit(), "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__}}
 
 
@@ -312,10 +310,8 @@ def main(argv=None):
     parser.add_argument("--seeds", default="0:5", help="FIRST:END or a single seed")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each")
     other = parser.add_mutually_exclusive_group()
-    for measure, what in {"reach": "how far a variant reaches, to 1,024 bits", "halting": "where positions stop", "exits": "loops spent and accuracy",
-                          "experts": "how evenly experts are used", "generation": "exact continuations, by loops and cache entries",
-                          "pace": "only how long the training takes"}.items():
-        other.add_argument(f"--{measure}", dest="measure", action="store_const", const=measure, help=f"measure {what}")
+    for measure, row in MEASURES.items():
+        other.add_argument(f"--{measure}", dest="measure", action="store_const", const=measure, help=row.__doc__)
     parser.set_defaults(measure="ablations")
     parser.add_argument("--runs", type=Path, help="folder to keep trained models in, for the next measure or after an interruption")
     parser.add_argument("--out", type=Path, help="file of rows; default is the committed one")

@@ -208,13 +208,12 @@ def _step(model, optimizer, recipe, step) -> dict:
     ids, targets = make_batch(recipe.batch, length, strings=recipe.strings, device=model.embed.weight.device)
     way = sum(recipe.config.shift_growth ** t for t in range(n_loops))
     scored = min(length, int(recipe.reach * way)) if recipe.reach else length
-    weights = []
     if teaches_halting(recipe, step):
         logits, also = HALTING_LOSSES[recipe.halting_loss](model, ids, targets, n_loops)
     else:
-        logits, also = model.train()(ids, n_loops, observer=lambda record: weights.append(record.halt_weight)), 0.0
-    if recipe.ponder_cost:
-        also = recipe.ponder_cost * ponder(torch.stack(weights))
+        weights = []
+        logits = model.train()(ids, n_loops, observer=lambda record: weights.append(record.halt_weight))
+        also = recipe.ponder_cost * ponder(torch.stack(weights)) if recipe.ponder_cost else 0.0
     logits, targets = logits[:, :scored].flatten(0, 1), targets[:, :scored].flatten()
     loss = F.cross_entropy(logits, targets) + also + recipe.config.balance_loss * model.recurrent.block.ffn.imbalance
     if not torch.isfinite(loss):

@@ -68,7 +68,7 @@ def test_rows_are_made_kept_and_not_made_again(tmp_path, monkeypatch, capsys):
     rows = json.loads(file.read_text())
     assert [(row["variant"], row["seed"]) for row in rows] == [("window 2", 0), ("NoPE", 0), ("NoPE", 1)]
     assert all({"whole", "loops", "command", "commit", "versions", "recipe", "parameters"} <= set(row) for row in rows)
-    assert rows[1]["command"] == "python -m mythos_core.study --variant 'NoPE' --seeds 0"
+    assert rows[1]["command"] == "python -m mythos_core.study --ablations --variant 'NoPE' --seeds 0"
     before = file.read_text()
     study.main(["--variant", "NoPE", "--seeds", "0:2", "--out", str(file)])
     assert file.read_text() == before                        # nothing was missing
