@@ -8,7 +8,7 @@ from conftest import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mythos_core import OpenMythos
+from mythos_core import KVCache, OpenMythos
 from mythos_core.config import VARIANTS, parity_config, tutorial_config
 from mythos_core.model import _sample, shipped
 
@@ -79,7 +79,8 @@ def test_bad_input_is_refused_by_name(ids, n_loops, named):
 
 @pytest.mark.parametrize("changes, named", [
     (dict(temperature=-1.0), "temperature = -1.0"), (dict(top_k=-1), "top_k = -1"), (dict(max_new_tokens=0), "max_new_tokens = 0"),
-    (dict(max_new_tokens=60), "max_seq_len = 64"), (dict(n_loops=0), "n_loops = 0")])
+    (dict(max_new_tokens=60), "max_seq_len = 64"), (dict(n_loops=0), "n_loops = 0"), (dict(use_cache=False, cache_loops=1), "cache_loops = 1"),
+    (dict(cache_loops=9), "n_loops = 8")])
 def test_generate_refuses_bad_arguments_by_name(changes, named):
     with pytest.raises(ValueError, match=named):
         OpenMythos(tiny()).generate(IDS, **{"max_new_tokens": 5, **changes})
@@ -97,6 +98,15 @@ def test_greedy_generation_takes_the_most_likely_token():
     model = OpenMythos(tiny()).eval()
     out = model.generate(IDS, 5, 2, temperature=0.0)
     assert torch.equal(out[:, 10:], model(out, 2).argmax(-1)[:, 9:-1])
+
+
+def test_an_observer_sees_every_pass_and_shared_entries_are_those_of_the_cache():
+    model, passes = OpenMythos(tiny(halting="none", token_shift=True, window=4)).eval(), []
+    out = model.generate(IDS, 4, 3, temperature=0.0, cache_loops=2, observer=lambda record: passes.append((record.loop, record.h.shape[1])))
+    assert passes == [(t, seq) for seq in (10, 1, 1, 1) for t in range(3)]
+    cache = KVCache(loops=2)
+    logits = torch.cat([model(part, 3, cache) for part in out[:, :13].split([10, 1, 1, 1], 1)], 1)
+    assert torch.equal(out[:, 10:], logits[:, 9:].argmax(-1)) and len(cache) == 4
 
 
 def test_sampling_follows_the_distribution_among_the_top_k():
