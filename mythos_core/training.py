@@ -73,7 +73,7 @@ RECIPES = {recipe.name: recipe for recipe in (
            strings="mixed", reach=1.0),
     Recipe("parity-halting",
            parity_config(vocab_size=4, max_seq_len=4096, halting="learned", loop_embedding=False, lora_rank=0, window=4, token_shift=True,
-                         init_std=64 ** -0.5, loop_noise=0.3, start_noise=4.0, act_threshold=0.5),
+                         init_std=64 ** -0.5, loop_noise=0.3, start_noise=4.0, act_threshold=0.7),
            steps=1000, batch=40, lr=2e-3, betas=(0.9, 0.98), warmup=50, decay=0.8, lengths=(9, 16), curriculum=0.15, loops=(1, 16),
            strings="mixed", reach=1.5),
 )}
@@ -257,7 +257,7 @@ def trajectory(model: OpenMythos, ids: Tensor, n_loops: int, start: Tensor | Non
 
 def ready_loss(model: OpenMythos, ids: Tensor, targets: Tensor, n_loops: int, by_row: bool = False):
     """Logits after all loops, and half of: the cross-entropy of the halting head's p, on states with noise and without, where of cells
-    that are not ready only the worst string of the batch counts, 4 times; and that of the answers where positions stop.
+    that are not ready only the worst string of the batch counts, 6 times; and that of the answers where positions stop.
 
     A position is ready at a loop if, in a pass without noise, the prefix up to it is right then and at every later loop, *in every
     string of the batch*. A string alone (`by_row`) would call a lucky guess ready, and half of the guesses ahead of the front are
@@ -277,7 +277,7 @@ def ready_loss(model: OpenMythos, ids: Tensor, targets: Tensor, n_loops: int, by
         stops.append(weight)
     logits = model.recurrent.act.halt(torch.stack([states, clean])).squeeze(-1)                            # (2, T, B, S)
     cells = F.binary_cross_entropy_with_logits(logits, ready.float().expand_as(logits), reduction="none")
-    loss = (cells * ready).mean() + 4.0 * (cells * ~ready).amax(2).mean()
+    loss = (cells * ready).mean() + 6.0 * (cells * ~ready).amax(2).mean()
     stops = torch.stack(stops) * ready                           # 1 where a position stops, if it is ready there
     stopped = stops.sum(0) > 0                                   # (B, S)
     if stopped.any():

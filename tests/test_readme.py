@@ -2,7 +2,7 @@
 import json
 import re
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import pytest
 
@@ -36,6 +36,13 @@ def reached():
     return sum(row["whole"]["1024"] == 1.0 for row in rows)
 
 
+def stops():
+    rows = [row["halting"] for row in study.load(study.RESULTS / "halting.json")]
+    late = median(row["256"]["stopped"] - row["256"]["needed"] for row in rows)
+    right = sum(all(x["whole"] == 1 and all(x["structured"].values()) for x in row.values()) for row in rows)
+    return f"stops {late:.1f} loops after the answer at 256 bits, every string right on {right} of {len(rows)} seeds"
+
+
 def generation(bits, loops):
     d = figure("generation_exact_match")
     return d["exact_match"][d["prompt_bits"].index(bits)][d["loops"].index(loops)]
@@ -59,7 +66,8 @@ CLAIMS = {
     "seeds": lambda: f"{reached()} of 10 seeds whole at 1,024 bits, {figure('frontier_speed')['positions_per_loop']:.2f} positions a loop",
     "pace": pace,
     "scan": lambda: f"{figure('log_loops')['scan_needed']['1024']} loops for 1,024 bits",
-    "balance": lambda: "from {} to {}".format(*(", ".join(f"{v:.2f}" for v in figure("balance")[f"{k}_violation"]) for k in ("off", "on"))),
+    "balance": lambda: "from {:.2f} to {:.2f}".format(*(mean(figure("balance")[f"{k}_violation"]) for k in ("off", "on"))),
+    "stops": stops,
     "generation": lambda: f"{percent(generation(64, 16))} at 16 loops, {percent(generation(64, 96))} at 96",
     "article": lambda: f"article: {percent(sum(figure('training_article')['token_accuracy'][-50:]) / 50)} of tokens",
 }

@@ -206,7 +206,7 @@ def test_halting_is_taught_where_every_string_is_right_from_then_on(by_row, monk
     for t, i in ((0, 0), (5, 1), (T - 1, S - 1)):
         flipped = halt.clone()
         flipped[t, 1, i] *= -1
-        weight = 1.0 if ready[t, 1, i] else 4.0 * B              # of cells that are not ready, the worst string stands for all
+        weight = 1.0 if ready[t, 1, i] else 6.0 * B              # of cells that are not ready, the worst string stands for all
         assert loss(flipped) == pytest.approx(0.5 * weight * 20 / halt.numel(), rel=1e-4)
 
 
