@@ -154,7 +154,7 @@ def test_missing_or_damaged_files_are_named(tmp_path, damage, error, named):
 
 
 def test_an_unknown_name_lists_what_ships():
-    with pytest.raises(ValueError, match="'parity-extrapolating', 'parity-seed'"):
+    with pytest.raises(ValueError, match="'parity-extrapolating', 'parity-halting', 'parity-seed'"):
         OpenMythos.from_pretrained("parity-extrapolatin")
 
 
@@ -165,6 +165,6 @@ def test_shipped_models_say_where_they_come_from(tmp_path):
         provenance = json.loads((PRETRAINED / name / "config.json").read_text())["provenance"]
         assert {"command", "commit", "seed", "metrics", "recipe"} <= set(provenance)
         assert name in provenance["command"]
-    assert sum(file.stat().st_size for file in PRETRAINED.rglob("*")) < 1e6
+    assert sum(file.stat().st_size for file in PRETRAINED.rglob("*")) < 1.5e6
     shutil.copytree(PRETRAINED / "parity-seed", tmp_path / "copy")
     assert OpenMythos.from_pretrained(tmp_path / "copy").config == parity_config()
