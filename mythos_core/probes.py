@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mythos_core.config import MythosConfig
 from mythos_core.model import OpenMythos
+from mythos_core.training import trajectory
 
 COMPONENTS = {  # first match wins
     "recurrent.block.ffn.shared": "shared experts", "recurrent.block.ffn.router": "router", "recurrent.block.ffn.": "routed experts",
@@ -47,7 +48,7 @@ def cache_bytes(config: MythosConfig, tokens: int, n_loops: int, batch: int = 1,
 
     effective_depth * batch * min(tokens, window - 1) * width * itemsize, where width is 2 * n_kv_heads * head_dim for GQA and
     kv_lora_rank + qk_rope_head_dim for MLA; plus, with token shift, dim / 2 numbers for each of the min(tokens, shift_growth^t)
-    positions that loop t may still look back to.
+    positions that loop t may still look back to; plus, with learned halting, the last position's state at each loop, dim numbers.
 
     Args:
         rope_key_per_head: what MLA costs if every head stores its own copy of the shared RoPE key, as open-mythos 0.5.0 does.
@@ -59,7 +60,8 @@ def cache_bytes(config: MythosConfig, tokens: int, n_loops: int, batch: int = 1,
         width = c.kv_lora_rank + c.qk_rope_head_dim * (c.n_heads if rope_key_per_head else 1)
     held = tokens if c.window is None else min(tokens, c.window - 1)
     shift = sum(min(tokens, c.shift_growth ** t) for t in range(n_loops)) * c.dim // 2 if c.token_shift else 0
-    return batch * itemsize * (effective_depth(c, n_loops) * held * width + shift)
+    halt = n_loops * min(tokens, 1) * c.dim if c.halting == "learned" else 0
+    return batch * itemsize * (effective_depth(c, n_loops) * held * width + shift + halt)
 
 
 @dataclass(frozen=True)
@@ -152,12 +154,10 @@ def state_norms(model: OpenMythos, ids: Int[Tensor, "batch seq"], n_loops: int) 
 
 def loop_map(model: OpenMythos, ids: Int[Tensor, "batch seq"], n_loops: int):
     """The map of one loop, h -> h_{n_loops + 1} with the input held, and the point h_{n_loops} that the model reaches."""
-    ctx = model.eval().context(ids)
     with torch.no_grad():
-        e = h = model.encode(ids, ctx)
-        for t in range(n_loops):
-            h, _ = model.recurrent.step(h, e, t, ctx)
-    return lambda state: model.recurrent.step(state, e, n_loops, ctx)[0], h
+        ctx, states = trajectory(model.eval(), ids, n_loops)
+        e = model.encode(ids, ctx)
+    return lambda state: model.recurrent.step(state, e, n_loops, ctx)[0], states[-1]
 
 
 @torch.no_grad()

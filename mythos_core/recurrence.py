@@ -116,11 +116,12 @@ class ACTHalting(nn.Module):
 
 
 class LearnedHalting(nn.Module):
-    """A position stops at the first loop where p = sigma(W_2 silu(W_1 h + b_1) + b_2) reaches act_threshold and all positions before
-    it have stopped or stop now, and is read there; one that never does is read after the last loop. `training.ready_loss` says on
-    what p is trained.
+    """A position stops at the first loop where all positions before it have stopped or stop now and p has reached act_threshold twice
+    running, and is read there; one that never does is read after the last loop. p = sigma(W_2 silu(W_1 [h_i, h_{i-1}] + b_1) + b_2)
+    says whether the answer at i follows from that at i - 1: if it does, and all answers before are right, it is right.
+    `training.halting_loss` says on what p is trained.
 
-    Same call as `ACTHalting`: the weight is 1 at the loop of the stop and 0 elsewhere.
+    Same call as `ACTHalting`, with `pairs` in place of h: the weight is 1 at the loop of the stop and 0 elsewhere.
     """
 
     threshold = 1.0
@@ -128,16 +129,30 @@ class LearnedHalting(nn.Module):
     def __init__(self, config: MythosConfig):
         super().__init__()
         self.stop_at = config.act_threshold
-        self.halt = nn.Sequential(nn.Linear(config.dim, config.dim // 2), nn.SiLU(), nn.Linear(config.dim // 2, 1))
+        self.halt = nn.Sequential(nn.Linear(2 * config.dim, config.dim), nn.SiLU(), nn.Linear(config.dim, 1))
         nn.init.constant_(self.halt[-1].bias, -2.0)              # at first nothing stops
 
-    def forward(self, h: Float[Tensor, "batch seq dim"], total: Float[Tensor, "batch seq"], open: Tensor | bool = True):
-        """p, the weight of this loop, what a last loop here would get on top of it, and the sum of the weights after it.
-        `open` (B, 1): whether all positions before these have stopped.
+    def forward(self, pairs: Float[Tensor, "batch seq twice"], total: Float[Tensor, "batch seq"], open: Tensor | bool = True):
+        """p, the weight of this loop, what a last loop here would get on top of it, and the `total` after it: 1 where a position has
+        stopped, 1/2 where p has been reached once. `open` (B, 1): whether all positions before these have stopped.
         """
-        p = torch.sigmoid(self.halt(h)).squeeze(-1).float()
-        weight = ((p >= self.stop_at) | (total >= 1)).cumprod(1) * (1 - total) * open
-        return p, weight, 1 - total - weight, total + weight
+        p = torch.sigmoid(self.halt(pairs)).squeeze(-1).float()
+        reached, stopped = p >= self.stop_at, total >= 1
+        weight = ((reached & (total > 0) | stopped).cumprod(1) * ~stopped * open).float()
+        total = torch.where(stopped, 1.0, torch.maximum(weight, 0.5 * reached))
+        return p, weight, (1 - weight) * ~stopped, total
+
+
+def previous(x: Float[Tensor, "batch seq width"], ctx: Context, layer: str, name: str, distance: int = 1) -> Float[Tensor, "batch seq width"]:
+    """x from `distance` positions before, zeros before the first; what the cache remembers of x in `layer` by `name` lies before it."""
+    past = ctx.remember(layer, name, x, keep=distance)                                      # (B, up to distance + S, width)
+    missing = min(distance + x.shape[1] - past.shape[1], x.shape[1])                        # positions that look before the first
+    return nn.functional.pad(past, (0, 0, missing, 0))[:, :x.shape[1]]
+
+
+def pairs(h: Float[Tensor, "batch seq dim"], ctx: Context, t: int = 0) -> Float[Tensor, "batch seq twice"]:
+    """[h_i, h_{i-1}], what a halting head with "learned" reads after loop t."""
+    return torch.cat([h, previous(h, ctx, f"loop.{t}", "halt")], -1)
 
 
 def loop_embedding(t: int, dim: int, like: Tensor) -> Float[Tensor, "dim"]:
@@ -217,7 +232,8 @@ class RecurrentBlock(nn.Module):
             z = z + loop_embedding(t, self.config.dim, h)
         z = self.norm(z)
         if self.config.token_shift:
-            z = self._shift(z, ctx, f"loop.{t}", self.config.shift_growth ** t)
+            here, there = z.chunk(2, -1)
+            z = torch.cat([here, previous(there, ctx, f"loop.{t}", "shift", self.config.shift_growth ** t)], -1)
         if self.training and self.config.loop_noise:
             z = z + self.config.loop_noise * torch.randn_like(z)
         out, expert_ids = self.block(z, ctx, f"loop.{t}")
@@ -231,13 +247,6 @@ class RecurrentBlock(nn.Module):
             return e
         thrown = torch.rand(len(e), 1, 1, device=e.device) < 0.5
         return e + self.config.start_noise * torch.randn_like(e) * thrown
-
-    def _shift(self, z, ctx, layer, distance):
-        """The second half of the channels, from `distance` positions before (zeros before the first)."""
-        here, there = z.chunk(2, -1)
-        past = ctx.remember(layer, "shift", there, keep=distance)                           # (B, up to distance + S, dim / 2)
-        missing = min(distance + z.shape[1] - past.shape[1], z.shape[1])                    # positions that look before the first
-        return torch.cat([here, nn.functional.pad(past, (0, 0, missing, 0))[:, :z.shape[1]]], -1)
 
     def forward(self, e: Float[Tensor, "batch seq dim"], n_loops: int, ctx: Context, observer: Observer | None = None):
         """The halting-weighted sum of h_1 .. h_T, or h_T with halting off, as in training with "learned"; both (B, S, dim).
@@ -255,7 +264,8 @@ class RecurrentBlock(nn.Module):
             h, expert_ids = self.step(h, e, t, ctx) if rest is None else rest.step(self.step, h, e, t, expert_ids)
             output, p, weight = h, None, None
             if act is not None:
-                p, weight, left, total = act(h, total, t + 1 >= self.config.min_loops if rest is None else rest.open(t))
+                seen, open = (h, t + 1 >= self.config.min_loops) if rest is None else (pairs(h, ctx, t), rest.open(t))
+                p, weight, left, total = act(seen, total, open)
                 weighted = weighted + weight.unsqueeze(-1).to(h.dtype) * h
                 output = weighted if left is None else weighted + left.unsqueeze(-1).to(h.dtype) * h
                 weight = weight if left is None or t < n_loops - 1 else weight + left

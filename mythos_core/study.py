@@ -25,7 +25,8 @@ from tqdm.auto import tqdm
 from mythos_core.model import OpenMythos
 from mythos_core.parity import answers, continuation, make_batch, structured
 from mythos_core.probes import depth_sweep, expert_load, halting_map, load_entropy, max_violation
-from mythos_core.training import Recipe, Run, commit, get_recipe, in_processes, ready_loss, train
+from mythos_core.recurrence import pairs
+from mythos_core.training import HALTING_LOSSES, Recipe, Run, commit, get_recipe, in_processes, train
 
 RESULTS = Path(__file__).parent / "results"
 _file = json.loads((RESULTS / "variants.json").read_text())
@@ -152,17 +153,17 @@ def halting_row(run: Run) -> dict:
 
 
 def head_on_frozen(model: OpenMythos, linear: bool, steps: int = 400) -> OpenMythos:
-    """The model with a halting head that is trained by `training.ready_loss` while all else stays as it is."""
+    """The model with a halting head that is trained as `halting_loss = "follows"` says, while all else stays as it is."""
     torch.manual_seed(steps)
     copy = OpenMythos(replace(model.config, halting="learned"))
     copy.load_state_dict(model.without_halting().state_dict(), strict=False)
     act = copy.requires_grad_(False).recurrent.act
-    act.halt = torch.nn.Linear(model.config.dim, 1) if linear else act.halt.requires_grad_(True)
+    act.halt = torch.nn.Linear(2 * model.config.dim, 1) if linear else act.halt.requires_grad_(True)
     optimizer = torch.optim.AdamW(act.parameters(), 2e-3)
     for _ in range(steps):
         ids, targets = make_batch(40, int(torch.randint(9, 17, ())), strings="mixed")
         optimizer.zero_grad()
-        ready_loss(copy, ids, targets, 16)[1].backward()
+        HALTING_LOSSES["follows"](copy, ids, targets, 16)[1].backward()
         optimizer.step()
     return copy.eval()
 
@@ -176,7 +177,7 @@ def signals(model: OpenMythos, ids: Int[Tensor, "batch seq"], n_loops: int) -> d
     def look(record):
         log_q = model.decode(record.h, ctx).log_softmax(-1)
         answer = log_q.argmax(-1)
-        p = torch.sigmoid(halt(record.h)).squeeze(-1) if halt else torch.zeros(ids.shape)
+        p = torch.sigmoid(halt(pairs(record.h, ctx))).squeeze(-1) if halt else torch.zeros(ids.shape)
         now = {"right": answer == answers(ids), "same": (before["same"] + 1) * (answer == before["answer"]), "p": p,
                "KL": (log_q.exp() * (log_q - before["log_q"])).sum(-1), "change": (record.h - before["h"]).norm(dim=-1) / record.h.norm(dim=-1),
                "chance": 1 - before["going"] * (1 - p)}
@@ -222,7 +223,7 @@ def exits_row(run: Run) -> dict:
     model, recipe, points = run.model, run.recipe, {}
     by_itself = recipe.config.halting != "none" and recipe.halting_loss != "PonderNet"
     rules = {"none": ("same", "KL", "change"), "learned": ("p",) if by_itself else ("chance",)}.get(recipe.config.halting)
-    heads = {name: head_on_frozen(model, name == "linear") for name in ("linear", "MLP")} if recipe.halting_loss == "ready" and rules else {}
+    heads = {name: head_on_frozen(model, name == "linear") for name in ("linear", "MLP")} if recipe.config.halting == "none" else {}
     for length in (16, 64, 256):
         ids, loops = fresh_strings(length), LOOPS[length]
         found = points[str(length)] = exit_points(signals(model, ids, loops), rules) if rules else []

@@ -17,7 +17,7 @@ from pathlib import Path
 import safetensors
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from mythos_core.config import MythosConfig, parity_config
 from mythos_core.model import OpenMythos
 from mythos_core.parity import make_batch
+from mythos_core.recurrence import pairs
 
 SAVE_EVERY = 100  # steps between checkpoints
 EVAL_EVERY = 50   # steps between looks at held-out strings
@@ -73,9 +74,9 @@ RECIPES = {recipe.name: recipe for recipe in (
            strings="mixed", reach=1.0),
     Recipe("parity-halting",
            parity_config(vocab_size=4, max_seq_len=4096, halting="learned", loop_embedding=False, lora_rank=0, window=4, token_shift=True,
-                         init_std=64 ** -0.5, loop_noise=0.3, start_noise=4.0, act_threshold=0.7),
+                         init_std=64 ** -0.5, loop_noise=0.3, start_noise=4.0, act_threshold=0.5),
            steps=1000, batch=40, lr=2e-3, betas=(0.9, 0.98), warmup=50, decay=0.8, lengths=(9, 16), curriculum=0.15, loops=(1, 16),
-           strings="mixed", reach=1.5),
+           strings="mixed", reach=1.5, halting_loss="follows"),
 )}
 
 
@@ -255,30 +256,29 @@ def trajectory(model: OpenMythos, ids: Tensor, n_loops: int, start: Tensor | Non
     return ctx, torch.stack(states)
 
 
-def ready_loss(model: OpenMythos, ids: Tensor, targets: Tensor, n_loops: int, by_row: bool = False):
-    """Logits after all loops, and half of: the cross-entropy of the halting head's p, on states with noise and without, where of cells
-    that are not ready only the worst string of the batch counts, 6 times; and that of the answers where positions stop.
+def halting_loss(model: OpenMythos, ids: Tensor, targets: Tensor, n_loops: int, label):
+    """Logits after all loops, and half of: the cross-entropy of the halting head's p with a `label` of `LABELS`, on states with noise and
+    without, as a mean, and of the worst string of the batch, 6 times for cells that must not stop; and that of the answers where
+    positions stop.
 
-    A position is ready at a loop if, in a pass without noise, the prefix up to it is right then and at every later loop, *in every
-    string of the batch*. A string alone (`by_row`) would call a lucky guess ready, and half of the guesses ahead of the front are
-    lucky. The worst string counts since patterns that are slow are rare, and a "done" that is faster than the answer on one of
-    them overtakes it in a longer string. Answers count where they are read since the coda reads each position at another loop.
+    The worst string counts since one p that is wrong lets a whole tail stop, and patterns that are slow are rare. Answers count where
+    they are read since the coda reads each position at another loop.
     """
     start = late_start(model, ids, int(LONGEST_WAIT ** torch.rand(())))
     with torch.no_grad():
         ctx, clean = trajectory(model.eval(), ids, n_loops, start)
-        right = torch.stack([model.decode(h, ctx).argmax(-1) == targets for h in clean])                   # (T, B, S)
-        ready = right.long().cumprod(2).flip(0).cumprod(0).flip(0)
-        ready = (ready if by_row else ready.amin(1, keepdim=True).expand_as(right)).bool()
     _, states = trajectory(model.train(), ids, n_loops, start)
+    both = torch.stack([states, clean])                                                                    # (2, T, B, S, dim)
+    with torch.no_grad():
+        right = torch.stack([model.decode(h, ctx).argmax(-1) == targets for h in both.flatten(0, 1)]).view(both.shape[:-1])
+    seen, may = pairs(both.flatten(0, 2), ctx).view(*right.shape, -1), label(right)
+    cells = F.binary_cross_entropy_with_logits(model.recurrent.act.halt(seen).squeeze(-1), may.float(), reduction="none")
+    loss = (cells * may).mean() + (cells * may).amax(2).mean() + 6.0 * (cells * ~may).amax(2).mean()
     total, stops = torch.zeros_like(ids, dtype=torch.float32), []
-    for h in states:
+    for h in seen[0]:
         _, weight, _, total = model.recurrent.act(h, total)
         stops.append(weight)
-    logits = model.recurrent.act.halt(torch.stack([states, clean])).squeeze(-1)                            # (2, T, B, S)
-    cells = F.binary_cross_entropy_with_logits(logits, ready.float().expand_as(logits), reduction="none")
-    loss = (cells * ready).mean() + 6.0 * (cells * ~ready).amax(2).mean()
-    stops = torch.stack(stops) * ready                           # 1 where a position stops, if it is ready there
+    stops = torch.stack(stops) * right[0]                        # 1 where a position stops, if its answer is right there
     stopped = stops.sum(0) > 0                                   # (B, S)
     if stopped.any():
         read = (stops.unsqueeze(-1) * states).sum(0)
@@ -286,20 +286,31 @@ def ready_loss(model: OpenMythos, ids: Tensor, targets: Tensor, n_loops: int, by
     return model.decode(states[-1], ctx), 0.5 * loss
 
 
+def ready(right: Bool[Tensor, "*passes loops batch seq"]) -> Bool[Tensor, "*passes loops batch seq"]:
+    """Whether the prefix up to a position is right at a loop and at every later one."""
+    return right.long().cumprod(-1).flip(-3).cumprod(-3).flip(-3).bool()
+
+
+#: What a halting head may be taught, from which answers are right (..., T, B, S): that an answer and the one before are both right or
+#: both wrong; that a prefix is `ready`, in its own string, where half of the guesses ahead of the front are lucky, or in every one of the batch.
+LABELS = {"follows": lambda right: right == F.pad(right, (1, 0), value=True)[..., :-1], "ready by row": ready,
+          "ready": lambda right: ready(right).all(-2, keepdim=True).expand_as(right)}
+
+
 def ponder_net_loss(model: OpenMythos, ids: Tensor, targets: Tensor, n_loops: int):
     """Logits after all loops, and PonderNet's loss (Banino et al. 2021): sum_n q_n CE(y_n) + 0.01 KL(q || geometric of 0.1), where a
     position stops at loop n with probability q_n = p_n prod_{m < n} (1 - p_m), and at the last for certain."""
     ctx, states = trajectory(model.train(), ids, n_loops)
-    p = torch.sigmoid(model.recurrent.act.halt(states)).squeeze(-1).clamp(1e-6, 1 - 1e-6)                  # (T, B, S)
+    p = torch.sigmoid(model.recurrent.act.halt(pairs(states.flatten(0, 1), ctx))).view(n_loops, *ids.shape).clamp(1e-6, 1 - 1e-6)
     going = torch.cat([torch.ones_like(p[:1]), (1 - p[:-1]).cumprod(0)])
     q = torch.cat([(going * p)[:-1], going[-1:]])
     prior = torch.tensor([0.1 * 0.9 ** n for n in range(n_loops - 1)] + [0.9 ** (n_loops - 1)]).to(q)[:, None, None]
     logits = torch.stack([model.decode(h, ctx) for h in states])
     answers = F.cross_entropy(logits.movedim(-1, 1), targets.expand(n_loops, *targets.shape), reduction="none")
-    return logits[-1], (q * (answers + 0.01 * (q / prior).log())).sum(0).mean()
+    return logits[-1], (q * (answers + 0.01 * (q.clamp(min=1e-12) / prior).log())).sum(0).mean()   # q may underflow to 0
 
 
-HALTING_LOSSES = {"ready": ready_loss, "ready by row": partial(ready_loss, by_row=True), "PonderNet": ponder_net_loss}
+HALTING_LOSSES = {"PonderNet": ponder_net_loss, **{name: partial(halting_loss, label=label) for name, label in LABELS.items()}}
 
 
 def ponder(weight: Float[Tensor, "loops batch seq"]) -> Float[Tensor, ""]:
@@ -324,9 +335,7 @@ def draw(recipe: Recipe, step: int) -> tuple[int, int]:
     length = int(torch.randint(min(shortest, longest), longest + 1, ()))
     if recipe.spare_loops is not None:
         most = max(fewest, min(most, length + recipe.spare_loops))
-    if teaches_halting(recipe, step):                            # with the most loops: only there is much ready, and stays so
-        return length, most
-    return length, int(torch.randint(fewest, most + 1, ()))
+    return length, most if teaches_halting(recipe, step) else int(torch.randint(fewest, most + 1, ()))   # a front needs most to pass
 
 
 @torch.no_grad()

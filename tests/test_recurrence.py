@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mythos_core import OpenMythos
-from mythos_core.recurrence import ACTHalting, LoopLoRA, LTIInjection, Rest, loop_embedding
+from mythos_core.recurrence import ACTHalting, LoopLoRA, LTIInjection, Rest, loop_embedding, pairs, previous
 
 IDS = torch.randint(0, 17, (3, 12), generator=torch.Generator().manual_seed(2))
 
@@ -100,11 +100,11 @@ def test_learned_halting_reads_each_position_where_it_stopped():
     model = stopping(-5)
     _, records = run(model, IDS, 40)
     p, weight, h = (torch.stack([getattr(r, name) for r in records]) for name in ("halt_probability", "halt_weight", "h"))
-    first = torch.full(IDS.shape, len(records) - 1)              # a position stops once it wants to and all before it have stopped
+    first = torch.full(IDS.shape, len(records) - 1)              # twice running p is reached, and all before have stopped
     for b, row in enumerate(first):
         stopped = 0
         for t in range(len(records)):
-            while stopped < len(row) and p[t, b, stopped] >= 0.5:
+            while stopped < len(row) and t > 0 and min(p[t, b, stopped], p[t - 1, b, stopped]) >= 0.5:
                 row[stopped], stopped = t, stopped + 1
     assert torch.equal(weight, torch.nn.functional.one_hot(first, len(records)).movedim(-1, 0).to(weight))
     assert torch.equal(records[-1].output, h.gather(0, first[None, ..., None].expand(1, *first.shape, 32))[0])
@@ -139,9 +139,9 @@ def in_order(act):
     """The halting unit, held back so that position s stops at loop s / 2 at the soonest and s / 2 + 6 at the latest."""
     real, loops = type(act).forward, count()
 
-    def forward(h, total, open):
-        t, s = next(loops), torch.arange(h.shape[1])
-        p = torch.where(t < s // 2, 0.0, torch.where(t > s // 2 + 6, 1.0, real(act, h, total)[0]))
+    def forward(pairs, total, open):
+        t, s = next(loops), torch.arange(pairs.shape[1])
+        p = torch.where(t < s // 2, 0.0, torch.where(t > s // 2 + 6, 1.0, real(act, pairs, total)[0]))
         weight = ((p >= 0.5) | (total >= 1)).cumprod(1) * (1 - total)
         return p, weight, 1 - total - weight, total + weight
     return forward
@@ -177,12 +177,12 @@ def test_loop_embedding_is_on_an_eighth_of_the_channels():
 
 
 @pytest.mark.parametrize("distance", [1, 2, 8, 2 ** 40])
-def test_token_shift_takes_half_of_the_channels_from_a_position_before(distance):
-    model = OpenMythos(tiny(token_shift=True)).eval()
-    z = torch.randn(2, 5, 32)
-    shifted = model.recurrent._shift(z, model.context(IDS), "loop.0", distance)
-    assert torch.equal(shifted[..., :16], z[..., :16])
-    assert torch.equal(shifted[:, distance:, 16:], z[:, :-distance, 16:]) and not shifted[:, :distance, 16:].any()
+def test_previous_takes_a_position_before(distance):
+    ctx = OpenMythos(tiny(token_shift=True)).context(IDS)
+    x = torch.randn(2, 5, 32)
+    shifted = previous(x, ctx, "loop.0", "shift", distance)
+    assert torch.equal(shifted[:, distance:], x[:, :-distance]) and not shifted[:, :distance].any()
+    assert torch.equal(pairs(x, ctx), torch.cat([x, previous(x, ctx, "loop.0", "halt")], -1))
 
 
 def test_a_random_start_is_for_half_of_the_strings_in_training_only():

@@ -11,6 +11,7 @@ from mythos_core.config import MythosConfig
 from mythos_core.model import PRETRAINED, shipped
 from mythos_core.parity import answers, make_batch, structured
 from mythos_core.probes import depth_sweep, halting_map
+from mythos_core.recurrence import pairs
 from mythos_core.training import Recipe, get_recipe
 
 
@@ -214,7 +215,7 @@ def test_signals_and_points_are_what_a_plain_look_gives():
         q, before = logits[t].log_softmax(-1), logits[t - 1].log_softmax(-1)
         assert torch.allclose(seen["KL"][t], (q.exp() * (q - before)).sum(-1), atol=1e-5)
         assert torch.allclose(seen["change"][t], (h[t] - h[t - 1]).norm(dim=-1) / h[t].norm(dim=-1), atol=1e-5)
-        assert torch.allclose(seen["p"][t], torch.sigmoid(model.recurrent.act.halt(h[t])).squeeze(-1), atol=1e-5)
+        assert torch.allclose(seen["p"][t], torch.sigmoid(model.recurrent.act.halt(pairs(h[t], model.context(ids)))).squeeze(-1), atol=1e-5)
     for t in range(6):
         going = going * (1 - seen["p"][t])
         assert torch.allclose(seen["chance"][t], 1 - going, atol=1e-5)
@@ -233,7 +234,7 @@ def test_a_head_on_a_frozen_model_changes_nothing_but_itself():
     head = study.head_on_frozen(model, linear=True, steps=2)
     frozen = head.without_halting().state_dict()
     assert all(torch.equal(tensor, frozen[name]) for name, tensor in model.state_dict().items())
-    assert head.recurrent.act.halt.weight.shape == (1, 64) and not head.training
+    assert head.recurrent.act.halt.weight.shape == (1, 128) and not head.training
 
 
 def test_continuations_are_counted_whole():

@@ -1,6 +1,7 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from mythos_core.config import parity_config
 from mythos_core.model import PRETRAINED, shipped
 from mythos_core.parity import make_batch
 from mythos_core.training import (
+    HALTING_LOSSES,
+    LABELS,
     Recipe,
     draw,
     get_recipe,
@@ -21,7 +24,6 @@ from mythos_core.training import (
     main,
     ponder,
     ponder_net_loss,
-    ready_loss,
     train,
     train_all,
     trajectory,
@@ -173,8 +175,8 @@ def test_command_line(tmp_path, capsys):
     assert stop.value.code == 2 and "must be one of" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("by_row", [False, True])
-def test_halting_is_taught_where_every_string_is_right_from_then_on(by_row, monkeypatch):
+@pytest.mark.parametrize("name", LABELS)
+def test_halting_is_taught_by_its_label(name, monkeypatch):
     """A state here holds its answer's logits in channels 0 to 2 and its halting logit in channel 3."""
     torch.manual_seed(1)
     T, B, S = 7, 3, 6
@@ -184,29 +186,32 @@ def test_halting_is_taught_where_every_string_is_right_from_then_on(by_row, monk
     answers[2:, :, :2] = targets[:, :2]
     own = torch.tensor([[[all(bool((answers[later, b, : i + 1] == targets[b, : i + 1]).all()) for later in range(t, T))
                           for i in range(S)] for b in range(B)] for t in range(T)])
-    ready = own if by_row else own.all(1, keepdim=True).expand(T, B, S)
-    assert 0 < ready.sum() < ready.numel() - S and not torch.equal(own, own.all(1, keepdim=True).expand(T, B, S))
+    follows = torch.tensor([[[(answers[t, b, i] == targets[b, i]).item() == (i == 0 or (answers[t, b, i - 1] == targets[b, i - 1]).item())
+                              for i in range(S)] for b in range(B)] for t in range(T)])
+    labels = {"follows": follows, "ready by row": own, "ready": own.all(1, keepdim=True).expand(T, B, S)}
+    may = labels[name]
+    assert 0 < may.sum() < may.numel() - S and all(not torch.equal(may, other) for key, other in labels.items() if key != name)
 
     class Channel(torch.nn.Module):
-        def forward(self, h):
-            return h[..., 3:]
+        def forward(self, seen):
+            return seen[..., 3:4]
 
-    model = OpenMythos(tiny(halting="learned", loop_embedding=False))
+    model, ctx = OpenMythos(tiny(halting="learned", loop_embedding=False, act_threshold=0.5)), SimpleNamespace(remember=lambda layer, name, x, keep: x)
     model.decode, model.recurrent.act.halt = lambda h, ctx: h[..., :3], Channel()
 
     def loss(halt):
         states = torch.cat([20.0 * F.one_hot(answers, 3), 20.0 * halt[..., None]], -1)
-        monkeypatch.setattr(training, "trajectory", lambda *args, **kwargs: (None, states))
-        logits, also = ready_loss(model, ids, targets, T, by_row)
+        monkeypatch.setattr(training, "trajectory", lambda *args, **kwargs: (ctx, states))
+        logits, also = HALTING_LOSSES[name](model, ids, targets, T)
         assert torch.equal(logits, states[-1, ..., :3])
         return also.item()
 
-    halt = 2.0 * ready - 1
-    assert loss(halt) < 1e-6                                     # no error: stops at ready cells only, and reads right answers there
+    halt = 2.0 * may - 1
+    assert loss(halt) < 1e-6                                     # no error
     for t, i in ((0, 0), (5, 1), (T - 1, S - 1)):
         flipped = halt.clone()
         flipped[t, 1, i] *= -1
-        weight = 1.0 if ready[t, 1, i] else 6.0 * B              # of cells that are not ready, the worst string stands for all
+        weight = 1.0 + B if may[t, 1, i] else 6.0 * B            # the worst string stands for all; for cells that may stop the mean counts too
         assert loss(flipped) == pytest.approx(0.5 * weight * 20 / halt.numel(), rel=1e-4)
 
 
@@ -236,7 +241,8 @@ def test_ponder_net_loss_is_its_definition():
         for s in range(4):
             going, prior = 1.0, 1.0
             for t in range(T):
-                p = torch.sigmoid(model.recurrent.act.halt(states[t, b, s])).item() if t < T - 1 else 1.0
+                before = states[t, b, s - 1] if s else torch.zeros_like(states[t, b, s])
+                p = torch.sigmoid(model.recurrent.act.halt(torch.cat([states[t, b, s], before]))).item() if t < T - 1 else 1.0
                 q, wanted = going * p, prior * (0.1 if t < T - 1 else 1.0)
                 answer = -model.decode(states[t], ctx)[b, s].log_softmax(-1)[targets[b, s]].item()
                 expected += q * (answer + 0.01 * math.log(q / wanted)) / 8
@@ -253,7 +259,8 @@ def test_the_ponder_cost_is_the_loops_taken_and_the_weight_of_the_last():
     assert torch.equal(weight.grad[:, 0] > 0, torch.tensor([[False, True, False], [True, False, False], [False, False, True]]))
 
 
-@pytest.mark.parametrize("changes", [dict(halting_loss="PonderNet"), dict(halting_loss="ready by row"), dict(ponder_cost=0.01), dict(balance_loss=0.01)])
+@pytest.mark.parametrize("changes", [dict(halting_loss="PonderNet"), dict(halting_loss="ready by row"), dict(halting_loss="follows"),
+                                     dict(ponder_cost=0.01), dict(balance_loss=0.01)])
 def test_every_loss_trains(changes):
     recipe = get_recipe("parity-halting" if "halting_loss" in changes else "parity-extrapolating")
     inner = {"halting": "act_remainder", "halt_bias": -3.0, "min_loops": 3} if "ponder_cost" in changes else {}
