@@ -15,7 +15,6 @@ from mythos_core.attention import Context
 from mythos_core.cache import KVCache
 from mythos_core.config import MythosConfig
 from mythos_core.layers import NORM_EPS
-from mythos_core.moe import MoE
 from mythos_core.recurrence import Observer, RecurrentBlock, TransformerBlock
 
 PRETRAINED = Path(__file__).parent / "pretrained"
@@ -95,9 +94,7 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
 
     def balance(self):
         """Update the experts' routing bias; called once after each optimiser step."""
-        for module in self.modules():
-            if isinstance(module, MoE):
-                module.balance()
+        self.recurrent.block.ffn.balance()
 
     @torch.no_grad()
     def generate(self, ids: Tensor, max_new_tokens: int = 64, n_loops: int = 8, temperature: float = 1.0, top_k: int = 50,

@@ -11,10 +11,6 @@ from mythos_core.layers import SwiGLU
 DENSE_UP_TO = 4  # experts per active expert up to which computing all of them beats sorting tokens
 
 
-def _has_grouped_product(x: Tensor) -> bool:
-    return x.dtype != torch.float64 and x.device.type in ("cpu", "cuda")
-
-
 def _count(ids: Tensor, n_experts: int) -> Int[Tensor, "experts"]:
     """How often each expert occurs; as `bincount`, which CUDA does not make deterministic and `torch.compile` cannot trace."""
     ids = ids.flatten()
@@ -57,8 +53,8 @@ class MoE(nn.Module):
             self.load += _count(ids, c.n_experts)
         if self.training and c.balance_loss:
             self._imbalances.append(c.n_experts * (_count(ids, c.n_experts) / ids.numel() * logits.softmax(-1).mean(0)).sum())
-        dense = c.n_experts <= DENSE_UP_TO * c.n_experts_per_tok or not _has_grouped_product(tokens)
-        out = self._dense(tokens, ids, gates) if dense else self._grouped(tokens, ids, gates)
+        grouped = c.n_experts > DENSE_UP_TO * c.n_experts_per_tok and x.dtype != torch.float64 and x.device.type in ("cpu", "cuda")
+        out = self._grouped(tokens, ids, gates) if grouped else self._dense(tokens, ids, gates)
         for expert in self.shared:
             out = out + expert(tokens)
         return out.view_as(x), ids.view(*x.shape[:-1], -1)

@@ -155,8 +155,7 @@ def state_norms(model: OpenMythos, ids: Int[Tensor, "batch seq"], n_loops: int) 
 def loop_map(model: OpenMythos, ids: Int[Tensor, "batch seq"], n_loops: int):
     """The map of one loop, h -> h_{n_loops + 1} with the input held, and the point h_{n_loops} that the model reaches."""
     with torch.no_grad():
-        ctx, states = trajectory(model.eval(), ids, n_loops)
-        e = model.encode(ids, ctx)
+        ctx, e, states = trajectory(model.eval(), ids, n_loops)
     return lambda state: model.recurrent.step(state, e, n_loops, ctx)[0], states[-1]
 
 

@@ -66,9 +66,7 @@ def span(recipe: Recipe, length: int) -> int:
 
 def loops_for(recipe: Recipe, length: int) -> int:
     """Loops given to strings of a length: one if the recipe does not loop."""
-    if recipe.loops[1] == 1:
-        return 1
-    return LOOPS[length] if recipe.config.shift_growth == 1 else 2 * span(recipe, length)
+    return 1 if recipe.loops[1] == 1 else LOOPS[length] if recipe.config.shift_growth == 1 else 2 * span(recipe, length)
 
 
 @torch.no_grad()

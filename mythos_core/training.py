@@ -246,14 +246,13 @@ def late_start(model: OpenMythos, ids: Tensor, n_loops: int) -> Float[Tensor, "b
 
 
 def trajectory(model: OpenMythos, ids: Tensor, n_loops: int, start: Tensor | None = None):
-    """The context and h_1 .. h_T (T, B, S, dim) from h_0 = `start`, or e, with every loop run, and noise as the model's mode has it."""
-    ctx, states = model.context(ids), []
+    """The context, e, and h_0 .. h_T (T + 1, B, S, dim) with h_0 = `start`, or e; every loop run, and noise as the model's mode has it."""
+    ctx = model.context(ids)
     e = model.encode(ids, ctx)
-    h = e if start is None else start
+    states = [e if start is None else start]
     for t in range(n_loops):
-        h, _ = model.recurrent.step(h, e, t, ctx)
-        states.append(h)
-    return ctx, torch.stack(states)
+        states.append(model.recurrent.step(states[-1], e, t, ctx)[0])
+    return ctx, e, torch.stack(states)
 
 
 def halting_loss(model: OpenMythos, ids: Tensor, targets: Tensor, n_loops: int, label):
@@ -266,9 +265,9 @@ def halting_loss(model: OpenMythos, ids: Tensor, targets: Tensor, n_loops: int, 
     """
     start = late_start(model, ids, int(LONGEST_WAIT ** torch.rand(())))
     with torch.no_grad():
-        ctx, clean = trajectory(model.eval(), ids, n_loops, start)
-    _, states = trajectory(model.train(), ids, n_loops, start)
-    both = torch.stack([states, clean])                                                                    # (2, T, B, S, dim)
+        ctx, _, clean = trajectory(model.eval(), ids, n_loops, start)
+    _, _, states = trajectory(model.train(), ids, n_loops, start)
+    both = torch.stack([states[1:], clean[1:]])                                                            # (2, T, B, S, dim)
     with torch.no_grad():
         right = torch.stack([model.decode(h, ctx).argmax(-1) == targets for h in both.flatten(0, 1)]).view(both.shape[:-1])
     seen, may = pairs(both.flatten(0, 2), ctx).view(*right.shape, -1), label(right)
@@ -281,7 +280,7 @@ def halting_loss(model: OpenMythos, ids: Tensor, targets: Tensor, n_loops: int, 
     stops = torch.stack(stops) * right[0]                        # 1 where a position stops, if its answer is right there
     stopped = stops.sum(0) > 0                                   # (B, S)
     if stopped.any():
-        read = (stops.unsqueeze(-1) * states).sum(0)
+        read = (stops.unsqueeze(-1) * states[1:]).sum(0)
         loss = loss + F.cross_entropy(model.decode(read, ctx)[stopped], targets[stopped])
     return model.decode(states[-1], ctx), 0.5 * loss
 
@@ -300,12 +299,12 @@ LABELS = {"follows": lambda right: right == F.pad(right, (1, 0), value=True)[...
 def ponder_net_loss(model: OpenMythos, ids: Tensor, targets: Tensor, n_loops: int):
     """Logits after all loops, and PonderNet's loss (Banino et al. 2021): sum_n q_n CE(y_n) + 0.01 KL(q || geometric of 0.1), where a
     position stops at loop n with probability q_n = p_n prod_{m < n} (1 - p_m), and at the last for certain."""
-    ctx, states = trajectory(model.train(), ids, n_loops)
-    p = torch.sigmoid(model.recurrent.act.halt(pairs(states.flatten(0, 1), ctx))).view(n_loops, *ids.shape).clamp(1e-6, 1 - 1e-6)
+    ctx, _, states = trajectory(model.train(), ids, n_loops)
+    p = torch.sigmoid(model.recurrent.act.halt(pairs(states[1:].flatten(0, 1), ctx))).view(n_loops, *ids.shape).clamp(1e-6, 1 - 1e-6)
     going = torch.cat([torch.ones_like(p[:1]), (1 - p[:-1]).cumprod(0)])
     q = torch.cat([(going * p)[:-1], going[-1:]])
     prior = torch.tensor([0.1 * 0.9 ** n for n in range(n_loops - 1)] + [0.9 ** (n_loops - 1)]).to(q)[:, None, None]
-    logits = torch.stack([model.decode(h, ctx) for h in states])
+    logits = torch.stack([model.decode(h, ctx) for h in states[1:]])
     answers = F.cross_entropy(logits.movedim(-1, 1), targets.expand(n_loops, *targets.shape), reduction="none")
     return logits[-1], (q * (answers + 0.01 * (q.clamp(min=1e-12) / prior).log())).sum(0).mean()   # q may underflow to 0
 
@@ -333,8 +332,7 @@ def draw(recipe: Recipe, step: int) -> tuple[int, int]:
     if recipe.curriculum:
         longest = max(3, min(longest, int(3 + step / recipe.steps / recipe.curriculum * longest)))
     length = int(torch.randint(min(shortest, longest), longest + 1, ()))
-    if recipe.spare_loops is not None:
-        most = max(fewest, min(most, length + recipe.spare_loops))
+    most = most if recipe.spare_loops is None else max(fewest, min(most, length + recipe.spare_loops))
     return length, most if teaches_halting(recipe, step) else int(torch.randint(fewest, most + 1, ()))   # a front needs most to pass
 
 

@@ -1,7 +1,6 @@
 import json
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -196,12 +195,13 @@ def test_halting_is_taught_by_its_label(name, monkeypatch):
         def forward(self, seen):
             return seen[..., 3:4]
 
-    model, ctx = OpenMythos(tiny(halting="learned", loop_embedding=False, act_threshold=0.5)), SimpleNamespace(remember=lambda layer, name, x, keep: x)
+    model = OpenMythos(tiny(halting="learned", loop_embedding=False, act_threshold=0.5))
+    ctx = model.context(ids)
     model.decode, model.recurrent.act.halt = lambda h, ctx: h[..., :3], Channel()
 
     def loss(halt):
         states = torch.cat([20.0 * F.one_hot(answers, 3), 20.0 * halt[..., None]], -1)
-        monkeypatch.setattr(training, "trajectory", lambda *args, **kwargs: (ctx, states))
+        monkeypatch.setattr(training, "trajectory", lambda *args, **kwargs: (ctx, None, torch.cat([states[:1], states])))
         logits, also = HALTING_LOSSES[name](model, ids, targets, T)
         assert torch.equal(logits, states[-1, ..., :3])
         return also.item()
@@ -219,8 +219,8 @@ def test_a_trajectory_starts_where_the_others_did_not_see_the_first_positions():
     config = tiny(halting="learned", loop_embedding=False, lora_rank=0, token_shift=True, window=4, loop_noise=1.0, start_noise=4.0)
     model, ids, states = OpenMythos(config).double(), torch.randint(0, 17, (2, 9)), []
     model.eval().without_halting()(ids, 5, observer=lambda record: states.append(record.h))
-    _, plain = trajectory(model, ids, 5)
-    assert torch.equal(plain, torch.stack(states)) and plain.requires_grad
+    _, _, plain = trajectory(model, ids, 5)
+    assert torch.equal(plain[1:], torch.stack(states)) and plain.requires_grad
     ctx = model.context(ids)
     h = e = model.encode(ids, ctx)
     for _ in range(3):
@@ -229,22 +229,22 @@ def test_a_trajectory_starts_where_the_others_did_not_see_the_first_positions():
     h = torch.cat([states[2][:, :training.HEAD], h[:, training.HEAD:]], 1)          # what they see at last: three loops on
     late = late_start(model, ids, 3)
     assert torch.allclose(late, h) and not torch.allclose(late, states[2])
-    assert torch.allclose(trajectory(model, ids, 5, late)[1][0], model.recurrent.step(h, e, 0, ctx)[0])
+    assert torch.allclose(trajectory(model, ids, 5, late)[2][1], model.recurrent.step(h, e, 0, ctx)[0])
 
 
 def test_ponder_net_loss_is_its_definition():
     torch.manual_seed(2)
     model, ids, T = OpenMythos(tiny(halting="learned", loop_embedding=False)).double(), torch.randint(1, 3, (2, 4)), 5
-    targets, (ctx, states) = ids.flip(1), trajectory(model, ids, T)                 # no noise in this config
+    targets, (ctx, _, states) = ids.flip(1), trajectory(model, ids, T)               # no noise in this config
     expected = 0.0
     for b in range(2):
         for s in range(4):
             going, prior = 1.0, 1.0
             for t in range(T):
-                before = states[t, b, s - 1] if s else torch.zeros_like(states[t, b, s])
-                p = torch.sigmoid(model.recurrent.act.halt(torch.cat([states[t, b, s], before]))).item() if t < T - 1 else 1.0
+                before = states[t + 1, b, s - 1] if s else torch.zeros_like(states[t + 1, b, s])
+                p = torch.sigmoid(model.recurrent.act.halt(torch.cat([states[t + 1, b, s], before]))).item() if t < T - 1 else 1.0
                 q, wanted = going * p, prior * (0.1 if t < T - 1 else 1.0)
-                answer = -model.decode(states[t], ctx)[b, s].log_softmax(-1)[targets[b, s]].item()
+                answer = -model.decode(states[t + 1], ctx)[b, s].log_softmax(-1)[targets[b, s]].item()
                 expected += q * (answer + 0.01 * math.log(q / wanted)) / 8
                 going, prior = going * (1 - p), prior * 0.9
     logits, loss = ponder_net_loss(model, ids, targets, T)
