@@ -41,7 +41,7 @@ for _step, _changes in STEPS.items():
 MEASURED: dict[str, list[str]] = {"ablations": list(VARIANTS), **_file["measured"]}
 VARIANTS |= _file["others"]
 #: Rules to stop by, and the settings tried: loops in a row with one answer, at most this KL divergence from the loop before, at most this
-#: relative change of h, at least this p of a halting head, at least this chance to have stopped.
+#: relative change of h, at least this p of a halting head twice running, at least this chance to have stopped.
 RULES = {"same": (1, 2, 3, 4, 6, 8, 12, 16), "KL": (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7), "change": (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005),
          "p": (0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 0.999), "chance": (0.1, 0.3, 0.5, 0.7, 0.9, 0.99)}
 LOOPS = {16: 32, 64: 96, 256: 300, 512: 600, 1024: 1100}     # loops given to strings of each length; a scan gets 2 log2(length)
@@ -170,18 +170,19 @@ def head_on_frozen(model: OpenMythos, linear: bool, steps: int = 400) -> OpenMyt
 def signals(model: OpenMythos, ids: Int[Tensor, "batch seq"], n_loops: int) -> dict[str, Tensor]:
     """What each of the `RULES` looks at, and which answers are `right`, after each loop of a run to the end: (T, B, S) by name."""
     ctx, seen, halt = model.context(ids), {name: [] for name in ("right", *RULES)}, getattr(model.recurrent.act, "halt", None)
-    before = {"h": torch.zeros(()), "log_q": torch.zeros(()), "answer": -torch.ones(()), "same": torch.zeros(ids.shape), "going": torch.ones(ids.shape)}
+    before = {"h": torch.zeros(()), "log_q": torch.zeros(()), "answer": -torch.ones(()), "same": torch.zeros(ids.shape), "p": torch.zeros(ids.shape),
+              "going": torch.ones(ids.shape)}
 
     def look(record):
         log_q = model.decode(record.h, ctx).log_softmax(-1)
         answer = log_q.argmax(-1)
         p = torch.sigmoid(halt(pairs(record.h, ctx))).squeeze(-1) if halt else torch.zeros(ids.shape)
-        now = {"right": answer == answers(ids), "same": (before["same"] + 1) * (answer == before["answer"]), "p": p,
+        now = {"right": answer == answers(ids), "same": (before["same"] + 1) * (answer == before["answer"]), "p": torch.minimum(p, before["p"]),
                "KL": (log_q.exp() * (log_q - before["log_q"])).sum(-1), "change": (record.h - before["h"]).norm(dim=-1) / record.h.norm(dim=-1),
                "chance": 1 - before["going"] * (1 - p)}
         for name, values in seen.items():
             values.append(now[name])
-        before.update(h=record.h, log_q=log_q, answer=answer, same=now["same"], going=before["going"] * (1 - p))
+        before.update(h=record.h, log_q=log_q, answer=answer, same=now["same"], p=p, going=before["going"] * (1 - p))
 
     (model.without_halting() if halt else model.eval())(ids, n_loops, observer=look)
     return {name: torch.stack(values) for name, values in seen.items()}

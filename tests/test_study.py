@@ -215,9 +215,10 @@ def test_signals_and_points_are_what_a_plain_look_gives():
         q, before = logits[t].log_softmax(-1), logits[t - 1].log_softmax(-1)
         assert torch.allclose(seen["KL"][t], (q.exp() * (q - before)).sum(-1), atol=1e-5)
         assert torch.allclose(seen["change"][t], (h[t] - h[t - 1]).norm(dim=-1) / h[t].norm(dim=-1), atol=1e-5)
-        assert torch.allclose(seen["p"][t], torch.sigmoid(model.recurrent.act.halt(pairs(h[t], model.context(ids)))).squeeze(-1), atol=1e-5)
+    p = [torch.sigmoid(model.recurrent.act.halt(pairs(state, model.context(ids)))).squeeze(-1) for state in h]
     for t in range(6):
-        going = going * (1 - seen["p"][t])
+        assert torch.allclose(seen["p"][t], torch.minimum(p[t], p[t - 1]) if t else torch.zeros(3, 8), atol=1e-5)
+        going = going * (1 - p[t])
         assert torch.allclose(seen["chance"][t], 1 - going, atol=1e-5)
     points = study.exit_points(seen, ("same", "KL"))
     fixed = [p for p in points if p["rule"] == "fixed"]
