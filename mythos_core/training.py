@@ -74,7 +74,7 @@ RECIPES = {recipe.name: recipe for recipe in (
            strings="mixed", reach=1.0),
     Recipe("parity-halting",
            parity_config(vocab_size=4, max_seq_len=4096, halting="learned", loop_embedding=False, lora_rank=0, window=4, token_shift=True,
-                         init_std=64 ** -0.5, loop_noise=0.3, start_noise=4.0, act_threshold=0.5),
+                         init_std=64 ** -0.5, loop_noise=0.3, start_noise=4.0, act_threshold=0.9),
            steps=1000, batch=40, lr=2e-3, betas=(0.9, 0.98), warmup=50, decay=0.8, lengths=(9, 16), curriculum=0.15, loops=(1, 16),
            strings="mixed", reach=1.5, halting_loss="follows"),
 )}
