@@ -20,7 +20,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest tests notebooks --ignore tests/bench --nbval-lax --nbval-current-env --nbval-cell-timeout=300
 
 bench: .venv/installed
-	$(BIN)/python -m pytest tests/bench -s
+	$(BIN)/python -m pytest tests/bench
 
 lab: .venv/installed
 	$(BIN)/python -m jupyter lab notebooks

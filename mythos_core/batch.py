@@ -36,6 +36,7 @@ from mythos_core.training import commit
 
 CORE = Path(__file__).parent
 MIME = "application/vnd.mythos-core.results+json"
+FIELDS = ("status", "error", "results", "claims", "seconds", "peak_mb", "notebook", "parameters", "fingerprint", "command", "commit", "versions")
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 KERNELS: dict[Path, int | None] = {}         # runs under way in this process: folder, kernel's process id. One that is taken out was stopped
 
@@ -51,11 +52,9 @@ def results(**values):
 
 
 class Job(NamedTuple):
-    """One run: a notebook, its parameters, its folder, its kernel's threads (0: as the worker has them), and what result.json says
-    of it however it ends."""
+    """One run: a notebook, its folder, its kernel's threads (0: as the worker has them), and what result.json says of it however it ends."""
 
     notebook: Path
-    parameters: dict
     folder: Path
     threads: int
     about: dict
@@ -129,7 +128,7 @@ def plan(notebooks: list[Path], grid: list[dict], out: Path, threads: int) -> li
             if folder in jobs:
                 raise ValueError(f"the run {label} is there twice")
             options = [f"--grid {shlex.quote(f'{k}={json.dumps(v)}' if isinstance(v, str) else f'{k}={v}')}" for k, v in parameters.items()]
-            jobs[folder] = Job(notebook, parameters, folder, threads, {
+            jobs[folder] = Job(notebook, folder, threads, {
                 "notebook": notebook.name, "parameters": parameters, "fingerprint": {"notebook": code, "core": core}, "commit": here,
                 "command": " ".join(["python -m mythos_core.batch", shlex.quote(os.path.relpath(notebook)), *options])})
     return list(jobs.values())
@@ -186,8 +185,8 @@ def _execute(job: Job, folder: Path) -> tuple[str | None, float | None]:
     KERNELS[job.folder] = None
     try:
         with open(folder / "stdout.txt", "w") as stdout, open(folder / "log.txt", "wb") as log:
-            papermill.execute_notebook(str(job.notebook), str(folder / "notebook.ipynb"), job.parameters, cwd=str(job.notebook.parent), stdout_file=stdout,
-                                       kernel_name="python3", kernel_manager_class=Kernel, progress_bar=False)
+            papermill.execute_notebook(str(job.notebook), str(folder / "notebook.ipynb"), job.about["parameters"], cwd=str(job.notebook.parent),
+                                       stdout_file=stdout, kernel_name="python3", kernel_manager_class=Kernel, progress_bar=False)
     except Exception as error:                                   # what a cell raised, or a kernel that died
         if isinstance(error, OSError) and not isinstance(error, TimeoutError):
             raise
@@ -245,9 +244,10 @@ def sweep(out: Path):
 def read(folder: Path) -> dict:
     """A run's result; of status "unreadable" if there is none, or not a whole one."""
     try:
-        return {"run": folder.name, **json.loads((folder / "result.json").read_text())}
-    except (OSError, ValueError, TypeError) as error:
-        return {"run": folder.name, "status": "unreadable", "error": f"no whole result.json: {error}", "fingerprint": {}}
+        result = json.loads((folder / "result.json").read_text())
+        return {"run": folder.name, **{name: result[name] for name in FIELDS}}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        return {"run": folder.name, "status": "unreadable", "error": f"no whole result.json: {error!r}", "fingerprint": {}}
 
 
 def state(job: Job) -> str:
@@ -338,7 +338,7 @@ def finish(client, out: Path):
 
 def report(out: Path):
     """Table, summary and index of the runs in a folder, by the notebook beside this module."""
-    error, _ = _execute(Job(CORE / "report.ipynb", {"out": str(out)}, out, 0, {}), out)
+    error, _ = _execute(Job(CORE / "report.ipynb", out, 0, {"parameters": {"out": str(out)}}), out)
     print((out / "stdout.txt").read_text() + (f"no report: {error}" if error else f"report in {out / 'index.html'}"))
 
 
@@ -365,7 +365,6 @@ def batch(args) -> int:
     client = connect(args)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        look(out, core_hash())
         if client:
             client.run(look, out, core_hash())
             print(f"dashboard: {client.dashboard_link}\n" if args.dashboard else "", end="")

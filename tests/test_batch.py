@@ -85,9 +85,9 @@ def test_parse_grid(tmp_path):
 def test_a_command_is_read_as_it_is_written(tmp_path, good):
     given = {"seed": 3, "name": "it's, \"so\"", "rate": 1, "none": "x", "parts": [1, "b"]}
     (job,) = batch.plan([Path(good)], [given], tmp_path, 1)
-    assert job.parameters == {**given, "rate": 1.0} and isinstance(job.parameters["rate"], float)
+    assert (parameters := job.about["parameters"]) == {**given, "rate": 1.0} and isinstance(parameters["rate"], float)
     options = [word for word in shlex.split(job.about["command"])[3:] if word != "--grid"]
-    assert Path(options[0]).resolve() == Path(good) and parse_grid(options[1:]) == [job.parameters]
+    assert Path(options[0]).resolve() == Path(good) and parse_grid(options[1:]) == [parameters]
 
 
 @pytest.mark.parametrize("arguments, named", [
@@ -343,18 +343,19 @@ def test_a_stale_result_stays_until_the_new_one_is_whole(tmp_path, good, no_repo
 
 def test_a_damaged_result_is_named_and_the_rest_reported(tmp_path, good, capsys):
     out = tmp_path / "out"
-    assert main([good, "--grid", "seed=0:3", "--out", str(out)]) == 0
-    first, second, third = folders(out)
+    assert main([good, "--grid", "seed=0:4", "--out", str(out)]) == 0
+    first, second, third, fourth = folders(out)
+    (out / fourth / "result.json").write_text('{"status": "passed"}')
     (out / first / "result.json").write_text('{"status": "pas')
     (out / second / "result.json").unlink()
     capsys.readouterr()
     assert main(["report", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert f"{first}: no whole result.json" in printed and f"{second}: no whole result.json" in printed and third not in printed
+    assert all(f"{name}: no whole result.json" in printed for name in (first, second, fourth)) and third not in printed
     assert [row["seed"] for row in json.loads((out / "results.json").read_text())] == [2]
     assert first in (out / "index.html").read_text()
-    assert main([good, "--grid", "seed=0:3", "--out", str(out), "--dry-run"]) == 0
-    assert "2 missing; 1 up to date" in capsys.readouterr().out
+    assert main([good, "--grid", "seed=0:4", "--out", str(out), "--dry-run"]) == 0
+    assert "3 missing; 1 up to date" in capsys.readouterr().out
 
 
 # What notebooks call
