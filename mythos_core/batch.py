@@ -127,25 +127,23 @@ def plan(notebooks: list[Path], grid: list[dict], out: Path, threads: int) -> li
             folder = out / f"{label}-{_hash(notebook.name.encode(), json.dumps(parameters, sort_keys=True).encode())}"
             if folder in jobs:
                 raise ValueError(f"the run {label} is there twice")
-            options = [f"--grid {shlex.quote(f'{k}={json.dumps(v)}' if isinstance(v, str) else f'{k}={v}')}" for k, v in parameters.items()]
+            options = ["--grid " + shlex.quote(f"{k}={json.dumps(v) if isinstance(v, str) else v}") for k, v in parameters.items()]
             jobs[folder] = Job(notebook, folder, threads, {
-                "notebook": notebook.name, "parameters": parameters, "fingerprint": {"notebook": code, "core": core}, "commit": here,
-                "command": " ".join(["python -m mythos_core.batch", shlex.quote(os.path.relpath(notebook)), *options])})
+                "command": " ".join(["python -m mythos_core.batch", shlex.quote(os.path.relpath(notebook)), *options]), "commit": here,
+                "notebook": notebook.name, "parameters": parameters, "fingerprint": {"notebook": code, "core": core}})
     return list(jobs.values())
 
 
 def run(job: Job) -> dict:
     """Execute a run, with its kernel beside this process, and put its folder in place; whatever the notebook raises is its result.
 
-    OSError, ImportError: not on this worker, or not in this folder.
+    OSError: not on this worker, or not in this folder.
     """
     look(job.folder.parent, job.about["fingerprint"]["core"])
     partial, start = beside(job.folder), time.perf_counter()
     try:
         partial.mkdir()
         error, peak = _execute(job, partial)
-        if KERNELS.pop(job.folder, -1) == -1:
-            raise InterruptedError("stopped")
         return keep(job, partial, error, seconds=time.perf_counter() - start, peak_mb=peak)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -154,10 +152,9 @@ def run(job: Job) -> dict:
 
 def look(out: Path, core: str):
     """Fails where a worker cannot write the folder, or is of another core than the runs are planned with."""
-    if not out.is_dir():
-        raise OSError(f"worker on {platform.node()} does not see {out}: workers must share the file system")
-    if core_hash() != core:
-        raise ImportError(f"worker on {platform.node()} has another mythos_core, in {CORE}")
+    wrong = f"does not see {out}: share the file system" if not out.is_dir() else f"has another mythos_core: {CORE}" if core_hash() != core else ""
+    if wrong:
+        raise OSError(f"worker on {platform.node()} {wrong}")
     beside(out / "probe").mkdir(exist_ok=True)
     sweep(out)
 
@@ -167,8 +164,8 @@ def beside(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}@{platform.node()}@{os.getpid()}.partial")
 
 
-def _execute(job: Job, folder: Path) -> tuple[str | None, float | None]:
-    """The first line of what went wrong, and the kernel's peak memory. OSError: the folder cannot be written."""
+def _execute(job: Job, folder: Path) -> tuple[Exception | None, float | None]:
+    """What went wrong in the notebook, and its kernel's peak memory. OSError: the folder cannot be written, or the run was stopped."""
     class Kernel(AsyncKernelManager):
         peak = None
 
@@ -190,12 +187,11 @@ def _execute(job: Job, folder: Path) -> tuple[str | None, float | None]:
     except Exception as error:                                   # what a cell raised, or a kernel that died
         if isinstance(error, OSError) and not isinstance(error, TimeoutError):
             raise
-        return first_line(error), Kernel.peak
+        return error, Kernel.peak
+    finally:
+        if KERNELS.pop(job.folder, -1) == -1:
+            raise InterruptedError("stopped")
     return None, Kernel.peak
-
-
-def first_line(error: Exception) -> str:
-    return f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', str(error))}".strip().splitlines()[0]
 
 
 def peak_mb(pid: int) -> float:
@@ -205,13 +201,13 @@ def peak_mb(pid: int) -> float:
     return psutil.Process(pid).memory_info().rss / 2 ** 20
 
 
-def keep(job: Job, partial: Path, error: str | None, **measured) -> dict:
+def keep(job: Job, partial: Path, error: Exception | None, **measured) -> dict:
     """Write result.json, with which the folder is whole, and give it its name."""
     notebook = partial / "notebook.ipynb"
+    said = error and f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}".strip().splitlines()[0]
     cells = nbformat.read(notebook, 4).cells if notebook.exists() else []
-    declared = [output.get("data", {}).get(MIME, {}) for cell in cells for output in cell.get("outputs", [])]
-    result = {"status": "failed" if error else "passed", "error": error, "results": {k: v for values in declared for k, v in values.items()},
-              "claims": count_claims(cells), **measured, **job.about,
+    declared = {k: v for cell in cells for output in cell.get("outputs", []) for k, v in output.get("data", {}).get(MIME, {}).items()}
+    result = {"status": "failed" if error else "passed", "error": said, "results": declared, "claims": count_claims(cells), **measured, **job.about,
               "versions": {"python": platform.python_version(), "torch": version("torch"), "numpy": version("numpy")}}
     (partial / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     shutil.rmtree(job.folder, ignore_errors=True)
@@ -296,7 +292,7 @@ def outcome(job: Job, future) -> dict:
     except Exception as error:
         partial = max(job.folder.parent.glob(f"{job.folder.name}@*.partial"), key=os.path.getmtime, default=beside(job.folder))
         partial.mkdir(exist_ok=True)
-        return keep(job, partial, first_line(error), seconds=None, peak_mb=None)
+        return keep(job, partial, error, seconds=None, peak_mb=None)
 
 
 def follow(jobs: list[Job], client, retries: int):
@@ -317,12 +313,11 @@ def follow(jobs: list[Job], client, retries: int):
                 future = done.get(timeout=1)
                 job = flying.pop(future)
                 failing = outcome(job, future)["status"] == "failed"
-                if failing and tries[job.folder] < retries:
-                    tries[job.folder] += 1
-                    waiting.append(job)
-                    continue
-                failed += failing
-                bar.update()
+                again = failing and tries[job.folder] < retries
+                tries[job.folder] += 1
+                waiting.extend([job] if again else [])
+                failed += failing and not again
+                bar.update(not again)
         bar.set_postfix_str(f"{failed} failed")
 
 
@@ -346,15 +341,16 @@ def publish(job: Job):
     """Put the executed notebook in the place of its source, without what differs from run to run or machine to machine."""
     notebook = nbformat.read(job.folder / "notebook.ipynb", as_version=4)
     for part in [notebook, *notebook.cells]:
-        for name in ("papermill", "execution", "widgets"):
-            part.metadata.pop(name, None)
+        part.metadata = nbformat.from_dict({k: v for k, v in part.metadata.items() if k not in ("papermill", "execution", "widgets")})
     nbformat.write(notebook, job.notebook)
 
 
 def batch(args) -> int:
     """What the command line asks for; the exit code."""
-    if args.workers < 1 or (args.publish and args.grid):
-        raise ValueError(f"--workers {args.workers}: must be at least 1" if args.workers < 1 else "--publish takes no --grid: it publishes a notebook as it is")
+    for wrong, why in ((args.workers < 1, f"--workers {args.workers}: must be at least 1"), (args.publish and args.grid, "--publish takes no --grid"),
+                       (args.slurm and not shutil.which("sbatch"), "--slurm: there is no sbatch here")):
+        if wrong:
+            raise ValueError(why)
     out, share = args.out.resolve(), None if args.scheduler or args.slurm else max(1, (os.cpu_count() or 1) // args.workers)
     jobs = plan([notebook.resolve() for notebook in args.notebooks], parse_grid(args.grid), out, int(os.environ.get("OMP_NUM_THREADS") or share or 0))
     states = {job.folder.name: state(job) for job in jobs}
@@ -367,13 +363,15 @@ def batch(args) -> int:
         out.mkdir(parents=True, exist_ok=True)
         if client:
             client.run(look, out, core_hash())
+            if set(client.nthreads().values()) - {1}:
+                raise ValueError("workers must have one thread each (dask worker --nthreads 1): papermill is not safe in threads")
             print(f"dashboard: {client.dashboard_link}\n" if args.dashboard else "", end="")
         follow([job for job in jobs if states[job.folder.name] != "up to date"], client, args.retries)
     finally:
         finish(client, out)
     report(out)
     runs = [read(job.folder) for job in jobs]
-    for result in runs if len(runs) <= 50 else ():
+    for result in runs[:50]:
         print(f"{result['seconds'] or 0:8.1f} s {result['peak_mb'] or 0:6.0f} MB {result['claims']:3d} claims  {result['run']}")
     failed = [f"{result['run']}: {result['error']}" for result in runs if result["status"] != "passed"]
     for job in jobs if args.publish and not failed else ():

@@ -61,6 +61,10 @@ def until(true, seconds=60):
         time.sleep(0.1)
 
 
+def alive(process):
+    return process.is_running() and process.status() != "zombie"
+
+
 def kernels(process):
     return [child for child in process.children(recursive=True) if "ipykernel_launcher" in " ".join(child.cmdline())]
 
@@ -95,7 +99,8 @@ def test_a_command_is_read_as_it_is_written(tmp_path, good):
     (["--grid", "seed=a"], "--grid seed='a': must be int, as seed = 0 in good.ipynb"), (["--grid", "seed=True"], "--grid seed=True: must be int"),
     (["--grid", "name=1"], "--grid name=1: must be str"), (["--grid", "rate=x"], "--grid rate='x': must be float"), (["--grid", "seed=2:2"], "not empty"),
     (["--grid", "seed=1,1"], "is there twice"), (["--workers", "0"], "--workers 0"), (["missing.ipynb"], "missing.ipynb"),
-    (["--publish", "--grid", "seed=1"], "--publish takes no --grid"), (["--grid", "name=@nothing.json:a"], "nothing.json")])
+    (["--publish", "--grid", "seed=1"], "--publish takes no --grid"), (["--slurm", "cores=1,memory=1GB"], "no sbatch"),
+    (["--grid", "name=@nothing.json:a"], "nothing.json")])
 def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, good, capsys, arguments, named):
     with pytest.raises(SystemExit) as stop:
         main([good, *arguments, "--out", str(tmp_path / "out")])
@@ -178,14 +183,14 @@ def the_report(out, runs):
 def test_a_killed_worker_s_run_is_made_elsewhere_and_one_that_kills_them_all_fails_alone(tmp_path, no_report, capsys):
     kill = "import os, time, pathlib\nmark = pathlib.Path(name)\nif name == 'always' or name == 'once' and not mark.exists():\n    mark.touch()\n" \
            "    os.kill(os.getppid(), 9)\n    time.sleep(60)\ntime.sleep(1)"
-    notebook = write(tmp_path / "kill.ipynb", ("name = ''\nseed = 0", "parameters"), (kill,))
+    notebook = write(tmp_path / "kill.ipynb", ("name = ''", "parameters"), (kill,))
     with dask.config.set({"distributed.scheduler.allowed-failures": 1}):
-        assert main([notebook, "--grid", "name=once,always,never", "--grid", "seed=0,1", "--workers", "2", "--out", str(tmp_path / "out")]) == 1
+        assert main([notebook, "--grid", "name=once,always,never", "--workers", "2", "--out", str(tmp_path / "out")]) == 1
     printed = capsys.readouterr().out
-    assert "4 passed, 2 failed" in printed and "KilledWorker: Attempted to run task" in printed
-    runs = {(run["parameters"]["name"], run["parameters"]["seed"]): run for run in (read(tmp_path / "out" / name) for name in folders(tmp_path / "out"))}
-    assert len(runs) == 6 and all((run["status"] == "failed") == (name == "always") for (name, _), run in runs.items())
-    cells = nbformat.read(tmp_path / "out" / runs["always", 0]["run"] / "notebook.ipynb", 4).cells
+    assert "2 passed, 1 failed" in printed and "KilledWorker: Attempted to run task" in printed
+    runs = {run["parameters"]["name"]: run for run in (read(tmp_path / "out" / name) for name in folders(tmp_path / "out"))}
+    assert {name: run["status"] for name, run in runs.items()} == {"once": "passed", "always": "failed", "never": "passed"}
+    cells = nbformat.read(tmp_path / "out" / runs["always"]["run"] / "notebook.ipynb", 4).cells
     assert cells[-1].metadata.papermill.status == "running"     # where it was killed
 
 
@@ -225,7 +230,7 @@ def test_a_killed_batch_goes_on_where_it_was(tmp_path, slow, no_report, capsys):
     children = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
-    until(lambda: not any(child.is_running() and child.status() != "zombie" for child in children))
+    until(lambda: not any(map(alive, children)))
     assert len(list(out.glob("*.partial"))) == 2
     before = {path: path.stat().st_mtime_ns for path in out.glob("*[0-9a-f]/result.json")}
     assert len(before) == 2
@@ -237,11 +242,12 @@ def test_a_killed_batch_goes_on_where_it_was(tmp_path, slow, no_report, capsys):
 def test_ctrl_c_leaves_no_kernel_no_worker_and_no_partial_folder(tmp_path, slow):
     out = tmp_path / "out"
     process = start(slow, out, "--workers", "2")
-    children = psutil.Process(process.pid).children(recursive=True)
+    children, running = psutil.Process(process.pid).children(recursive=True), kernels(psutil.Process(process.pid))
     os.killpg(process.pid, signal.SIGINT)                        # as a terminal does: to every process
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "the same command goes on" in errors and "Traceback" not in errors
-    assert not any(child.is_running() and child.status() != "zombie" for child in children)
+    assert len(running) == 2 and not any(alive(kernel) for kernel in running)
+    until(lambda: not any(map(alive, children)), 10)
     assert len(folders(out)) == 2 and all(read(out / name)["status"] == "passed" for name in folders(out))
 
 
@@ -271,6 +277,13 @@ def test_a_scheduler_and_workers_of_their_own(tmp_path, good, cluster, no_report
     assert main(command) == 0 and "4 passed, 0 failed" in capsys.readouterr().out
     assert all(read(tmp_path / "out" / name)["results"]["score"] >= 0 for name in folders(tmp_path / "out"))
     assert main([*command[:2], "seed=4,5", *command[3:]]) == 0   # the cluster is still there
+
+
+def test_workers_of_many_threads_are_refused(tmp_path, good, capsys):
+    from distributed import LocalCluster
+    with LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None) as made, pytest.raises(SystemExit) as stop:
+        main([good, "--scheduler", made.scheduler_address, "--out", str(tmp_path / "out")])
+    assert stop.value.code == 2 and "--nthreads 1" in capsys.readouterr().err and folders(tmp_path / "out") == []
 
 
 def test_no_scheduler_there(tmp_path, good, capsys, monkeypatch):
