@@ -1,10 +1,10 @@
-# make tutorial | test | lab | publish | lint | clean.  Every target first makes the environment in .venv.
+# make tutorial | test | bench | lab | publish | lint | clean.  Every target first makes the environment in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 WORKERS ?= 1
 
-.PHONY: tutorial test lab publish lint clean
+.PHONY: tutorial test bench lab publish lint clean
 
 .venv/installed: requirements.txt constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -17,12 +17,16 @@ tutorial: .venv/installed
 	MYTHOS_FIGURES=$(CURDIR)/build/figures $(BIN)/python -m mythos_core.batch $(NOTEBOOKS) --workers $(WORKERS) --out build/tutorial
 
 test: .venv/installed
-	$(BIN)/python -m pytest tests notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout=300
+	$(BIN)/python -m pytest tests notebooks --ignore tests/bench --nbval-lax --nbval-current-env --nbval-cell-timeout=300
+
+bench: .venv/installed
+	$(BIN)/python -m pytest tests/bench
 
 lab: .venv/installed
 	$(BIN)/python -m jupyter lab notebooks
 
 publish: .venv/installed
+	rm -rf build/publish
 	MYTHOS_FIGURES=$(CURDIR)/figures $(BIN)/python -m mythos_core.batch $(NOTEBOOKS) --workers $(WORKERS) --out build/publish --publish
 
 lint: .venv/installed

@@ -1,152 +1,406 @@
-"""Notebooks by papermill: many, over a grid of parameters, several at a time.
+"""Notebooks over a grid of parameters: papermill executes, dask.distributed schedules, on this machine or on a cluster.
 
-    python -m mythos_core.batch notebooks/05_depth_extrapolation.ipynb --grid seed=0,1,2 --workers 2 --out build/sweep
+    python -m mythos_core.batch NOTEBOOK --grid seed=0:10 --grid name=a,b --workers 2 --out build/sweep
+    python -m mythos_core.batch report build/sweep
+
+A run is one notebook with one set of parameters. Its folder in OUT appears whole or not at all: notebook.ipynb as executed, stdout.txt of
+its cells, log.txt of its kernel, result.json. A run that passed, with the same notebook and the same core, is not run again.
 """
 import argparse
 import ast
-import itertools
-import multiprocessing
+import hashlib
+import json
 import os
-import resource
+import platform
+import queue
+import re
+import shlex
+import shutil
+import signal
 import sys
 import time
-from dataclasses import dataclass, field
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import nbformat
 import papermill
+import psutil
+from jupyter_client.manager import AsyncKernelManager
 from tqdm.auto import tqdm
 
+from mythos_core.training import commit
 
-@dataclass
-class Job:
-    """One notebook with one set of parameters, and how it went."""
+CORE = Path(__file__).parent
+MIME = "application/vnd.mythos-core.results+json"
+FIELDS = ("status", "error", "results", "claims", "seconds", "peak_mb", "notebook", "parameters", "fingerprint", "command", "commit", "versions")
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+KERNELS: dict[Path, int | None] = {}         # runs under way in this process: folder, kernel's process id. One that is taken out was stopped
+
+
+def results(**values):
+    """Called in a notebook, declares values as its results, for result.json and the table; a later call adds to an earlier one.
+
+    Numbers, strings, lists, dicts, arrays and tensors; NaN and infinities become null, as JSON has none.
+    """
+    from IPython.display import display
+    plain = json.loads(json.dumps(values, default=lambda value: value.tolist()), parse_constant=lambda name: None)
+    display({MIME: plain, "text/plain": "\n".join(f"{name} = {value}" for name, value in plain.items())}, raw=True)
+
+
+class Job(NamedTuple):
+    """One run: a notebook, its folder, its kernel's threads (0: as the worker has them), and what result.json says of it however it ends."""
 
     notebook: Path
-    output: Path
-    parameters: dict = field(default_factory=dict)
-    threads: int = 1
-    seconds: float = 0.0
-    peak_mb: float = 0.0
-    claims: int = 0
-    error: str = ""
+    folder: Path
+    threads: int
+    about: dict
 
 
 def parse_grid(entries: list[str]) -> list[dict]:
-    """["seed=0,1", "name=a"] -> [{"seed": 0, "name": "a"}, {"seed": 1, "name": "a"}]; ValueError for a malformed entry."""
-    axes = {}
+    """["seed=0:2", "name=a"] -> [{"seed": 0, "name": "a"}, {"seed": 1, "name": "a"}]; ValueError for a malformed entry."""
+    points = [{}]
     for entry in entries:
-        name, _, values = entry.partition("=")
-        if not name.isidentifier() or not values or "" in values.split(","):
-            raise ValueError(f"--grid {entry!r}: must be NAME=VALUE,VALUE,...")
-        axes[name] = [_literal(value) for value in values.split(",")]
-    return [dict(zip(axes, point)) for point in itertools.product(*axes.values())]
+        name, _, text = entry.partition("=")
+        if not name.isidentifier() or name in points[0] or not (values := _values(entry, text)):
+            raise ValueError(f"--grid {entry!r}: must be NAME=VALUE,VALUE,... or NAME=FIRST:END, each name once, and not empty")
+        points = [{**point, name: value} for point in points for value in values]
+    return points
+
+
+def _values(entry: str, text: str) -> list:
+    """0:3 is a range; @FILE.json:KEY.KEY the list, or the keys of the object, at that place; else literals, or words."""
+    if numbers := re.fullmatch(r"(-?\d+):(-?\d+)", text):
+        return list(range(int(numbers[1]), int(numbers[2])))
+    if file := re.fullmatch(r"@(.+?\.json):(.+)", text):
+        values = json.loads(Path(file[1]).read_text())
+        for key in file[2].split("."):
+            if not isinstance(values, dict) or key not in values:
+                raise ValueError(f"--grid {entry!r}: {key!r} is not in the file")
+            values = values[key]
+        return list(values)
+    with suppress(ValueError, SyntaxError):
+        return list(ast.literal_eval(f"({text},)"))
+    if "" in text.split(",") or set("\"'[({") & set(text):
+        raise ValueError(f"--grid {entry!r}: must be NAME=VALUE,VALUE,...; if one has a comma, a quote or a bracket in it, all are to be quoted")
+    return [_literal(word.strip()) for word in text.split(",")]
 
 
 def _literal(text: str):
-    try:
+    with suppress(ValueError, SyntaxError):
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+    return text
+
+
+def _typed(name: str, value, known: dict, notebook: Path):
+    """The value as the parameters cell has it; ValueError for a name that is not there, or for another type than the default's."""
+    if name not in known:
+        raise ValueError(f"--grid {name}: not a parameter of {notebook.name}, which has {sorted(known)}")
+    default = _literal(known[name]["default"])
+    value = float(value) if (type(value), type(default)) == (int, float) else value
+    if default is not None and type(value) is not type(default) and {type(value), type(default)} != {list, tuple}:
+        raise ValueError(f"--grid {name}={value!r}: must be {type(default).__name__}, as {name} = {default!r} in {notebook.name}")
+    return value
+
+
+def _hash(*parts: bytes) -> str:
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:8]
+
+
+def core_hash() -> str:
+    """Of the code of this package and the study's variants."""
+    return _hash(*(file.read_bytes() for file in [*sorted(CORE.glob("*.py")), CORE / "results" / "variants.json"]))
 
 
 def plan(notebooks: list[Path], grid: list[dict], out: Path, threads: int) -> list[Job]:
-    """The jobs, after checking that the notebooks exist and know the parameters (papermill itself only warns)."""
+    """All runs, checked before any starts (papermill itself only warns of an unknown parameter)."""
+    jobs, here, core = {}, commit(), core_hash()
     for notebook in notebooks:
-        if not notebook.is_file():
-            raise ValueError(f"notebook {notebook}: no such file")
         known = papermill.inspect_notebook(str(notebook))
-        for name in grid[0]:
-            if name not in known:
-                raise ValueError(f"--grid {name}: not a parameter of {notebook.name}, which has {sorted(known)}")
-    return [Job(notebook, out / ("-".join([notebook.stem, *(f"{k}={v}" for k, v in point.items())]) + ".ipynb"), point, threads)
-            for notebook in notebooks for point in grid]
+        code = _hash(*(cell.source.encode() for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "code"))
+        for point in grid:
+            parameters = {name: _typed(name, value, known, notebook) for name, value in point.items()}
+            label = re.sub(r"[^\w.=+,-]+", "_", "-".join([notebook.stem, *(f"{k}={v}" for k, v in parameters.items())]), flags=re.ASCII)[:80]
+            folder = out / f"{label}-{_hash(notebook.name.encode(), json.dumps(parameters, sort_keys=True).encode())}"
+            if folder in jobs:
+                raise ValueError(f"the run {label} is there twice")
+            options = ["--grid " + shlex.quote(f"{k}={json.dumps(v) if isinstance(v, str) else v}") for k, v in parameters.items()]
+            jobs[folder] = Job(notebook, folder, threads, {
+                "command": " ".join(["python -m mythos_core.batch", shlex.quote(os.path.relpath(notebook)), *options]), "commit": here,
+                "notebook": notebook.name, "parameters": parameters, "fingerprint": {"notebook": code, "core": core}})
+    return list(jobs.values())
 
 
-def run(job: Job) -> Job:
-    """Execute one job, in a process of its own: then the peak memory of its children is that of this kernel.
+def run(job: Job) -> dict:
+    """Execute a run, with its kernel beside this process, and put its folder in place; whatever the notebook raises is its result.
 
-    What kernel and papermill write to stderr goes to a .log beside the executed notebook.
+    OSError: not on this worker, or not in this folder.
     """
-    os.environ["OMP_NUM_THREADS"] = str(job.threads)
-    with open(job.output.with_suffix(".log"), "wb") as log:
-        os.dup2(log.fileno(), 2)
-    start = time.perf_counter()
+    look(job.folder.parent, job.about["fingerprint"]["core"])
+    partial, start = beside(job.folder), time.perf_counter()
     try:
-        papermill.execute_notebook(str(job.notebook), str(job.output), job.parameters, cwd=str(job.notebook.parent),
-                                   kernel_name="python3", progress_bar=False)
-    except Exception as error:                               # whatever a notebook raises is a result of this job, not the end of the others
-        job.error = str(error).strip().splitlines()[-1]
-    job.seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    job.peak_mb = peak / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
-    job.claims = count_claims(job.output) if job.output.exists() else 0
-    return job
+        partial.mkdir()
+        error, peak = _execute(job, partial)
+        return keep(job, partial, error, seconds=time.perf_counter() - start, peak_mb=peak)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
-def count_claims(notebook: Path) -> int:
+def look(out: Path, core: str):
+    """Fails where a worker cannot write the folder, or is of another core than the runs are planned with."""
+    wrong = f"does not see {out}: share the file system" if not out.is_dir() else f"has another mythos_core: {CORE}" if core_hash() != core else ""
+    if wrong:
+        raise OSError(f"worker on {platform.node()} {wrong}")
+    beside(out / "probe").mkdir(exist_ok=True)
+    sweep(out)
+
+
+def beside(folder: Path) -> Path:
+    """Where a run is until it is whole: named by the machine and the process at work on it."""
+    return folder.with_name(f"{folder.name}@{platform.node()}@{os.getpid()}.partial")
+
+
+def _execute(job: Job, folder: Path) -> tuple[Exception | None, float | None]:
+    """What went wrong in the notebook, and its kernel's peak memory. OSError: the folder cannot be written, or the run was stopped."""
+    class Kernel(AsyncKernelManager):
+        peak = None
+
+        async def start_kernel(self, **options):
+            env = {**os.environ, **(dict.fromkeys(THREADS, str(job.threads)) if job.threads else {})}
+            await super().start_kernel(stdout=log, stderr=log, env=env, **options)
+            KERNELS[job.folder] = self.provisioner.pid
+
+        async def shutdown_kernel(self, *args, **options):
+            with suppress(psutil.Error, OSError):
+                Kernel.peak = peak_mb(self.provisioner.pid)
+            await super().shutdown_kernel(*args, **options)
+
+    KERNELS[job.folder] = None
+    try:
+        with open(folder / "stdout.txt", "w") as stdout, open(folder / "log.txt", "wb") as log:
+            papermill.execute_notebook(str(job.notebook), str(folder / "notebook.ipynb"), job.about["parameters"], cwd=str(job.notebook.parent),
+                                       stdout_file=stdout, kernel_name="python3", kernel_manager_class=Kernel, progress_bar=False)
+    except Exception as error:                                   # what a cell raised, or a kernel that died
+        if isinstance(error, OSError) and not isinstance(error, TimeoutError):
+            raise
+        return error, Kernel.peak
+    finally:
+        if KERNELS.pop(job.folder, -1) == -1:
+            raise InterruptedError("stopped")
+    return None, Kernel.peak
+
+
+def peak_mb(pid: int) -> float:
+    """Most memory that a process has held; where the system does not say, what it holds now."""
+    with suppress(OSError):
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())[1]) / 2 ** 10
+    return psutil.Process(pid).memory_info().rss / 2 ** 20
+
+
+def keep(job: Job, partial: Path, error: Exception | None, **measured) -> dict:
+    """Write result.json, with which the folder is whole, and give it its name."""
+    notebook = partial / "notebook.ipynb"
+    said = error and f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}".strip().splitlines()[0]
+    cells = nbformat.read(notebook, 4).cells if notebook.exists() else []
+    declared = {k: v for cell in cells for output in cell.get("outputs", []) for k, v in output.get("data", {}).get(MIME, {}).items()}
+    result = {"status": "failed" if error else "passed", "error": said, "results": declared, "claims": count_claims(cells), **measured, **job.about,
+              "versions": {"python": platform.python_version(), "torch": version("torch"), "numpy": version("numpy")}}
+    (partial / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    shutil.rmtree(job.folder, ignore_errors=True)
+    os.replace(partial, job.folder)
+    return result
+
+
+def count_claims(cells: list) -> int:
     """Lines that begin with PASS in what the cells tagged `claims` printed."""
-    cells = nbformat.read(notebook, as_version=4).cells
     printed = (o.get("text", "") for c in cells if "claims" in c.metadata.get("tags", []) for o in c.get("outputs", []))
     return sum(line.startswith("PASS") for text in printed for line in text.splitlines())
 
 
-def table(jobs: list[Job]) -> str:
-    """A line for each job: name, seconds, peak memory, claims, and the error of a failed one."""
-    width = max(len(job.output.stem) for job in jobs)
-    lines = [f"{'notebook':{width}}  seconds  peak MB  claims"]
-    for job in jobs:
-        lines.append(f"{job.output.stem:{width}}  {job.seconds:7.1f}  {job.peak_mb:7.0f}  {job.claims:6d}" + (f"  FAILED: {job.error}" if job.error else ""))
-    return "\n".join(lines)
+def stop(out: Path):
+    """Kill the kernels that run for `out` in this process; their runs leave nothing."""
+    for folder in [folder for folder in KERNELS if folder.parent == out]:
+        with suppress(TypeError, ProcessLookupError):            # not started yet, or ended just now
+            os.killpg(KERNELS.pop(folder), signal.SIGKILL)
 
 
-def run_all(jobs: list[Job], workers: int) -> list[Job]:
-    """All jobs, `workers` at a time, a failure stopping none of the others; in the order given."""
-    done = {}
-    with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=1) as pool, tqdm(total=len(jobs), desc="notebooks", unit="notebook") as bar:
-        for job in pool.imap_unordered(run, jobs):
-            done[job.output] = job
-            bar.set_postfix_str(job.output.stem + (" FAILED" if job.error else ""))
-            bar.update()
-    return [done[job.output] for job in jobs]
+def sweep(out: Path):
+    """Remove what dead processes of this machine left."""
+    for partial in out.glob("*@*@*.partial"):
+        name, host, pid = partial.name.removesuffix(".partial").split("@")
+        alive = psutil.pid_exists(int(pid)) and psutil.Process(int(pid)).status() != "zombie" and (int(pid) != os.getpid() or out / name in KERNELS)
+        if host == platform.node() and not alive:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def read(folder: Path) -> dict:
+    """A run's result; of status "unreadable" if there is none, or not a whole one."""
+    try:
+        result = json.loads((folder / "result.json").read_text())
+        return {"run": folder.name, **{name: result[name] for name in FIELDS}}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        return {"run": folder.name, "status": "unreadable", "error": f"no whole result.json: {error!r}", "fingerprint": {}}
+
+
+def state(job: Job) -> str:
+    """What there is of a run: missing, failed, stale and why, or up to date."""
+    result = read(job.folder)
+    changed = [part for part, value in job.about["fingerprint"].items() if result["fingerprint"].get(part, value) != value]
+    return f"stale, {' and '.join(changed)} changed" if changed else {"passed": "up to date", "failed": "failed"}.get(result["status"], "missing")
+
+
+def connect(args):
+    """A dask client with the workers asked for; None: one run after the other in this process, which needs no dask."""
+    if args.workers == 1 and not (args.scheduler or args.slurm or args.dashboard):
+        return None
+    try:
+        from distributed import Client
+        if args.scheduler or args.slurm:
+            return Client(args.scheduler or slurm_cluster(args.slurm, args.dashboard), timeout=20)
+    except ImportError as error:
+        raise ImportError(f"{error}; to run on more than one worker: pip install mythos-core[cluster]") from error
+    ours = signal.signal(signal.SIGINT, signal.SIG_IGN)         # Ctrl-C reaches every process of a terminal; this one alone answers
+    client = Client(n_workers=args.workers, threads_per_worker=1, memory_limit=0, dashboard_address=":0" if args.dashboard else None,
+                    silence_logs=50, preload=["import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"])
+    signal.signal(signal.SIGINT, ours)
+    return client
+
+
+def slurm_cluster(text: str, dashboard: bool = False):
+    """A dask_jobqueue.SLURMCluster of "partition=gpu,cores=8,memory=32GB,jobs=20": a job runs one notebook at a time on all its cores, or
+    `processes` of them. What it has no name for here, such as gres=gpu:1, becomes a line "#SBATCH --gres=gpu:1" of the job."""
+    from dask_jobqueue import SLURMCluster
+    options = dict(item.partition("=")[::2] for item in text.split(","))
+    jobs, cores, processes = (int(options.pop(name, 1)) for name in ("jobs", "cores", "processes"))
+    return SLURMCluster(
+        n_workers=jobs * processes, cores=cores, processes=processes,
+        memory=options.pop("memory", None), interface=options.pop("interface", None), walltime=options.pop("time", None),
+        job_extra_directives=[f"--{name}={value}" for name, value in options.items()], worker_extra_args=["--nthreads", "1"],
+        job_script_prologue=[f"export {name}={cores // processes}" for name in THREADS], scheduler_options={"dashboard_address": ":0" if dashboard else None})
+
+
+def outcome(job: Job, future) -> dict:
+    """The run's result, also of one that killed each worker it was tried on. OSError: the batch cannot go on."""
+    try:
+        return future.result()
+    except (OSError, ImportError) as error:
+        raise OSError(f"{job.folder.parent}: {error}; the runs that finished are kept") from error
+    except Exception as error:
+        partial = max(job.folder.parent.glob(f"{job.folder.name}@*.partial"), key=os.path.getmtime, default=beside(job.folder))
+        partial.mkdir(exist_ok=True)
+        return keep(job, partial, error, seconds=None, peak_mb=None)
+
+
+def follow(jobs: list[Job], client, retries: int):
+    """Run all jobs, a failure stopping none of the others.
+
+    Dask is given a run when a worker is free, not before: it counts a worker's death against all runs that were assigned to it, also
+    those that only wait there; and so its scheduler holds as many runs as there are workers, however many are to come.
+    """
+    waiting, flying, done, tries, failed, here = deque(jobs), {}, queue.SimpleQueue(), Counter(), 0, ThreadPoolExecutor(1)
+    with tqdm(total=len(jobs), unit="run", smoothing=0) as bar:
+        while waiting or flying:
+            for job in [waiting.popleft() for _ in range(min((len(client.nthreads()) if client else 1) - len(flying), len(waiting)))]:
+                future = client.submit(run, job, key=f"{job.folder.name}-{time.time_ns()}") if client else here.submit(run, job)
+                flying[future] = job
+                future.add_done_callback(done.put)
+            bar.set_postfix_str(f"{failed} failed, {len(flying)} running")
+            with suppress(queue.Empty):
+                future = done.get(timeout=1)
+                job = flying.pop(future)
+                failing = outcome(job, future)["status"] == "failed"
+                again = failing and tries[job.folder] < retries
+                tries[job.folder] += 1
+                waiting.extend([job] if again else [])
+                failed += failing and not again
+                bar.update(not again)
+        bar.set_postfix_str(f"{failed} failed")
+
+
+def finish(client, out: Path):
+    """Whatever ended the batch: no kernel goes on, no partial folder stays, and a cluster that was started here is closed."""
+    if client:
+        with suppress(Exception):                                # a scheduler that is gone has nothing to stop
+            client.run(stop, out, on_error="ignore")
+        client.close()
+    stop(out)
+    sweep(out)
+
+
+def report(out: Path):
+    """Table, summary and index of the runs in a folder, by the notebook beside this module."""
+    error, _ = _execute(Job(CORE / "report.ipynb", out, 0, {"parameters": {"out": str(out)}}), out)
+    print((out / "stdout.txt").read_text() + (f"no report: {error}" if error else f"report in {out / 'index.html'}"))
 
 
 def publish(job: Job):
     """Put the executed notebook in the place of its source, without what differs from run to run or machine to machine."""
-    notebook = nbformat.read(job.output, as_version=4)
+    notebook = nbformat.read(job.folder / "notebook.ipynb", as_version=4)
     for part in [notebook, *notebook.cells]:
-        for name in ("papermill", "execution", "widgets"):
-            part.metadata.pop(name, None)
+        part.metadata = nbformat.from_dict({k: v for k, v in part.metadata.items() if k not in ("papermill", "execution", "widgets")})
     nbformat.write(notebook, job.notebook)
 
 
-def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m mythos_core.batch", description="Run notebooks over a grid of parameters.")
-    parser.add_argument("notebooks", nargs="+", type=Path)
-    parser.add_argument("--grid", action="append", default=[], metavar="NAME=A,B,...", help="values of a notebook parameter; may be given again")
-    parser.add_argument("--workers", type=int, default=1, help="notebooks at a time; each gets OMP_NUM_THREADS threads, or its share of the cores")
-    parser.add_argument("--out", type=Path, default=Path("build/batch"), help="folder for the executed notebooks")
-    parser.add_argument("--publish", action="store_true", help="if all pass, replace the notebooks by their executed copies")
-    args = parser.parse_args(argv)
+def batch(args) -> int:
+    """What the command line asks for; the exit code."""
+    for wrong, why in ((args.workers < 1, f"--workers {args.workers}: must be at least 1"), (args.publish and args.grid, "--publish takes no --grid"),
+                       (args.slurm and not shutil.which("sbatch"), "--slurm: there is no sbatch here")):
+        if wrong:
+            raise ValueError(why)
+    out, share = args.out.resolve(), None if args.scheduler or args.slurm else max(1, (os.cpu_count() or 1) // args.workers)
+    jobs = plan([notebook.resolve() for notebook in args.notebooks], parse_grid(args.grid), out, int(os.environ.get("OMP_NUM_THREADS") or share or 0))
+    states = {job.folder.name: state(job) for job in jobs}
+    print("; ".join(f"{number} {what}" for what, number in Counter(states.values()).items()))
+    if args.dry_run:
+        print("\n".join(f"{name}: {what}" for name, what in states.items()))
+        return 0
+    client = connect(args)
     try:
-        if args.workers < 1:
-            raise ValueError(f"--workers {args.workers}: must be at least 1")
-        if args.publish and args.grid:
-            raise ValueError("--publish takes no --grid: a notebook is published as it stands")
-        threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // args.workers))
-        jobs = plan([n.resolve() for n in args.notebooks], parse_grid(args.grid), args.out.resolve(), threads)
-        args.out.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-    jobs = run_all(jobs, args.workers)
-    print(table(jobs))
-    failed = sum(bool(job.error) for job in jobs)
-    if args.publish and not failed:
-        for job in jobs:
-            publish(job)
-    print(f"{len(jobs) - failed} passed, {failed} failed")
+        out.mkdir(parents=True, exist_ok=True)
+        if client:
+            client.run(look, out, core_hash())
+            if set(client.nthreads().values()) - {1}:
+                raise ValueError("workers must have one thread each (dask worker --nthreads 1): papermill is not safe in threads")
+            print(f"dashboard: {client.dashboard_link}\n" if args.dashboard else "", end="")
+        follow([job for job in jobs if states[job.folder.name] != "up to date"], client, args.retries)
+    finally:
+        finish(client, out)
+    report(out)
+    runs = [read(job.folder) for job in jobs]
+    for result in runs[:50]:
+        print(f"{result['seconds'] or 0:8.1f} s {result['peak_mb'] or 0:6.0f} MB {result['claims']:3d} claims  {result['run']}")
+    failed = [f"{result['run']}: {result['error']}" for result in runs if result["status"] != "passed"]
+    for job in jobs if args.publish and not failed else ():
+        publish(job)
+    print("\n".join([f"{len(runs) - len(failed)} passed, {len(failed)} failed", *failed]))
     return 1 if failed else 0
 
 
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m mythos_core.batch", description="Run notebooks over a grid of parameters. `report OUT`: only the report.")
+    parser.add_argument("notebooks", nargs="+", type=Path)
+    parser.add_argument("--grid", action="append", default=[], metavar="NAME=VALUES", help="A,B,... or FIRST:END or @FILE.json:KEY.KEY; may be given again")
+    parser.add_argument("--out", type=Path, default=Path("build/batch"), help="folder of the runs")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time; each gets OMP_NUM_THREADS threads, or its share of the cores")
+    parser.add_argument("--scheduler", metavar="ADDRESS", help="of a dask cluster to use instead, such as tcp://host:8786")
+    parser.add_argument("--slurm", metavar="OPTIONS", help="Slurm jobs to use instead, such as partition=gpu,cores=8,memory=32GB,jobs=20")
+    parser.add_argument("--retries", type=int, default=0, help="times that a failing notebook is tried again")
+    parser.add_argument("--dashboard", action="store_true", help="print the address of dask's dashboard")
+    parser.add_argument("--dry-run", action="store_true", help="list the runs and what there is of them")
+    parser.add_argument("--publish", action="store_true", help="if all pass, replace the notebooks by their executed copies")
+    args = parser.parse_args(argv)
+    try:
+        return batch(args) if str(args.notebooks[0]) != "report" else report(args.notebooks[-1].resolve()) or 0
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "\nstopped; the same command goes on\n")
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    from mythos_core import batch as imported  # what is in __main__ would be sent to workers by value
+    sys.exit(imported.main())

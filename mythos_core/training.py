@@ -8,7 +8,7 @@ import os
 import pickle
 import subprocess
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from multiprocessing import get_context
@@ -134,35 +134,18 @@ def train(recipe: Recipe | str, seed: int = 0, device=None, progress: bool = Tru
     return run
 
 
-def in_processes(function, jobs: list, workers: int | None = None, progress: bool = True):
-    """Yield (job, function(job)) as they are done: `workers` at a time (default: one for each of torch's threads here), in fresh
-    processes of one thread each, so that the numbers do not depend on the machine's cores. `function` must be importable."""
-    with ProcessPoolExecutor(workers or torch.get_num_threads(), get_context("spawn")) as pool, tqdm(total=len(jobs), unit="run", disable=not progress) as bar:
-        try:
-            waiting = {pool.submit(_alone, function, job): job for job in jobs}
-            for done in as_completed(waiting):
-                yield waiting[done], pickle.loads(done.result())
-                bar.update()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _alone(function, job) -> bytes:
-    """The result pickled: tensors as numbers, not as handles on memory that ends with this process."""
-    torch.set_num_threads(1)
-    return pickle.dumps(function(job))
-
-
 def train_all(jobs: list[tuple[Recipe | str, int]], progress: bool = True) -> list[Run]:
-    """The runs of several (recipe, seed), in the order given; trained by `in_processes`."""
-    numbered = [(i, get_recipe(recipe) if isinstance(recipe, str) else recipe, seed) for i, (recipe, seed) in enumerate(jobs)]
-    runs = dict(in_processes(_train_job, numbered, progress=progress))
-    return [runs[job] for job in numbered]
+    """The runs of several (recipe, seed), in the order given: one for each of torch's threads at a time, in fresh processes of one thread
+    each, so that the numbers do not depend on the machine's cores."""
+    with ProcessPoolExecutor(torch.get_num_threads(), get_context("spawn")) as pool:
+        trained = pool.map(_train_alone, *zip(*jobs))
+        return [pickle.loads(run) for run in tqdm(trained, total=len(jobs), unit="run", disable=not progress)]
 
 
-def _train_job(job) -> Run:
-    return train(job[1], job[2], progress=False)
+def _train_alone(recipe: Recipe | str, seed: int) -> bytes:
+    """A run pickled: tensors as numbers, not as handles on memory that ends with this process."""
+    torch.set_num_threads(1)
+    return pickle.dumps(train(recipe, seed, progress=False))
 
 
 def commit() -> str | None:

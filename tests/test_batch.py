@@ -1,11 +1,27 @@
-"""Real notebooks, executed by papermill in real kernels."""
+"""Real notebooks, executed by papermill in real kernels, by real dask workers in processes of their own."""
+import csv
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import dask
 import nbformat
+import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from mythos_core.batch import count_claims, main, parse_grid
+from mythos_core import batch, study
+from mythos_core.batch import main, parse_grid, read
+
+ROOT = Path(__file__).parent.parent
+PYTHON = [sys.executable, "-m", "mythos_core.batch"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 def write(path, *cells):
@@ -16,52 +32,378 @@ def write(path, *cells):
     return str(path)
 
 
+# results() as notebooks call it, without the seconds that importing the package takes
+DECLARE = f"from IPython.display import display\ndef results(**values):\n    display({{'{batch.MIME}': values}}, raw=True)"
+
+
 @pytest.fixture
 def good(tmp_path):
-    claims = "assert seed < 2\nprint('PASS  seed', seed)\nprint('PASS  name', name)"
-    return write(tmp_path / "good.ipynb", ("seed = 0\nname = 'a'", "parameters"), (claims, "claims"))
+    claims = "assert seed < 11, 'too large'\nprint('PASS  seed', seed)\nprint('PASS  name', name)"
+    return write(tmp_path / "good.ipynb", ("seed = 0\nname = 'a'\nrate = 0.5\nnone = None\nparts = [1]", "parameters"), (DECLARE,),
+                 ("import os\nresults(score=seed / 2, threads=os.environ['OMP_NUM_THREADS'])\nos.write(2, b'of the kernel')",), (claims, "claims"),
+                 ("results(whole={'16': 1.0, '64': seed / 10})",))
 
 
-def test_parse_grid():
+@pytest.fixture
+def no_report(monkeypatch):
+    """For tests that do not look at it."""
+    monkeypatch.setattr(batch, "report", lambda out: None)
+
+
+def folders(out):
+    return sorted(path.name for path in out.iterdir() if path.is_dir())
+
+
+def until(true, seconds=60):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "waited for nothing"
+        time.sleep(0.1)
+
+
+def alive(process):
+    return process.is_running() and process.status() != "zombie"
+
+
+def kernels(process):
+    return [child for child in process.children(recursive=True) if "ipykernel_launcher" in " ".join(child.cmdline())]
+
+
+# The grid
+
+def test_parse_grid(tmp_path):
     assert parse_grid([]) == [{}]
-    assert parse_grid(["seed=0,1", "name=a,None", "x=0.5"]) == [
-        {"seed": s, "name": n, "x": 0.5} for s in (0, 1) for n in ("a", None)]
-    for bad in ("seed", "seed=", "=1", "seed=1,,2", "a b=1"):
-        with pytest.raises(ValueError, match="NAME=VALUE"):
+    assert parse_grid(["seed=0,1", "name=a,None", "x=0.5"]) == [{"seed": s, "name": n, "x": 0.5} for s in (0, 1) for n in ("a", None)]
+    assert parse_grid(["seed=-1:2"]) == [{"seed": s} for s in (-1, 0, 1)]
+    assert parse_grid(["name='a, b','c'", "flag=True", "list=[1, 2],[]"]) == [{"name": n, "flag": True, "list": x} for n in ("a, b", "c") for x in ([1, 2], [])]
+    file = tmp_path / "names.json"
+    file.write_text('{"here": {"list": ["x, y", "z"], "object": {"k": 1, "l": 2}}}')
+    assert parse_grid([f"a=@{file}:here.list", f"b=@{file}:here.object"]) == [{"a": a, "b": b} for a in ("x, y", "z") for b in "kl"]
+    for bad in ("seed", "seed=", "=1", "seed=1,,2", "a b=1", "seed=3:3", "name='a, b',c", f"a=@{file}:here.nothing", f"a=@{file}:here.list.x"):
+        with pytest.raises(ValueError, match=re.escape(f"--grid {bad!r}")):
             parse_grid([bad])
+    with pytest.raises(ValueError, match="each name once"):
+        parse_grid(["seed=1", "seed=2"])
 
 
-def test_a_grid_runs_and_one_failure_stops_none_of_the_others(tmp_path, good, capsys):
-    assert main([good, "--grid", "seed=0,1,2", "--workers", "2", "--out", str(tmp_path / "out")]) == 1
-    printed = capsys.readouterr().out
-    assert "2 passed, 1 failed" in printed and "FAILED: AssertionError" in printed
-    for seed, claims in ((0, 2), (1, 2), (2, 0)):
-        copy = tmp_path / "out" / f"good-seed={seed}.ipynb"
-        assert count_claims(copy) == claims
-        assert f"seed = {seed}" in "".join(cell.source for cell in nbformat.read(copy, 4).cells)
-    error = nbformat.read(tmp_path / "out" / "good-seed=2.ipynb", 4).cells[-1].outputs[-1]
-    assert error.output_type == "error" and error.ename == "AssertionError"
+def test_a_command_is_read_as_it_is_written(tmp_path, good):
+    given = {"seed": 3, "name": "it's, \"so\"", "rate": 1, "none": "x", "parts": [1, "b"]}
+    (job,) = batch.plan([Path(good)], [given], tmp_path, 1)
+    assert (parameters := job.about["parameters"]) == {**given, "rate": 1.0} and isinstance(parameters["rate"], float)
+    options = [word for word in shlex.split(job.about["command"])[3:] if word != "--grid"]
+    assert Path(options[0]).resolve() == Path(good) and parse_grid(options[1:]) == [parameters]
 
 
 @pytest.mark.parametrize("arguments, named", [
-    (["--grid", "sed=1"], "--grid sed: not a parameter of good.ipynb, which has ['name', 'seed']"), (["--workers", "0"], "--workers 0"),
-    (["--publish", "--grid", "seed=1"], "--publish takes no --grid"), (["missing.ipynb"], "missing.ipynb: no such file")])
-def test_what_cannot_work_is_refused_before_anything_runs(tmp_path, good, capsys, arguments, named):
+    (["--grid", "sed=1"], "--grid sed: not a parameter of good.ipynb, which has ['name', 'none', 'parts', 'rate', 'seed']"),
+    (["--grid", "seed=a"], "--grid seed='a': must be int, as seed = 0 in good.ipynb"), (["--grid", "seed=True"], "--grid seed=True: must be int"),
+    (["--grid", "name=1"], "--grid name=1: must be str"), (["--grid", "rate=x"], "--grid rate='x': must be float"), (["--grid", "seed=2:2"], "not empty"),
+    (["--grid", "seed=1,1"], "is there twice"), (["--workers", "0"], "--workers 0"), (["missing.ipynb"], "missing.ipynb"),
+    (["--publish", "--grid", "seed=1"], "--publish takes no --grid"), (["--slurm", "cores=1,memory=1GB"], "no sbatch"),
+    (["--grid", "name=@nothing.json:a"], "nothing.json")])
+def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, good, capsys, arguments, named):
     with pytest.raises(SystemExit) as stop:
         main([good, *arguments, "--out", str(tmp_path / "out")])
     assert stop.value.code == 2 and named in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_publish_puts_the_executed_notebook_in_place(tmp_path, good):
+def test_more_workers_need_dask_and_one_does_not(tmp_path, good, no_report, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(SystemExit) as stop:
+        main([good, "--workers", "2", "--out", str(tmp_path / "out")])
+    assert stop.value.code == 2 and "pip install mythos-core[cluster]" in capsys.readouterr().err
+    assert main([good, "--out", str(tmp_path / "out")]) == 0
+
+
+# A batch on this machine
+
+def test_24_runs_on_two_workers_and_again(tmp_path, good, capsys, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    out = tmp_path / "out"
+    command = [good, "--grid", "seed=0:12", "--grid", "name=a,b", "--workers", "2", "--out", str(out)]
+    assert main([*command, "--dry-run"]) == 0
+    assert capsys.readouterr().out.count(": missing") == 24 and not out.exists()
+    assert main(command) == 1
+    printed = capsys.readouterr()
+    assert "22 passed, 2 failed" in printed.out and printed.out.count("AssertionError: too large") == 2
+    assert "24/24" in printed.err and "2 failed" in printed.err and "Traceback" not in printed.err and "distributed" not in printed.err
+    runs = [read(out / name) for name in folders(out)]
+    assert len(runs) == 24 and len({(run["parameters"]["seed"], run["parameters"]["name"]) for run in runs}) == 24
+    for run in runs:
+        seed, folder = run["parameters"]["seed"], out / run["run"]
+        cells = nbformat.read(folder / "notebook.ipynb", 4).cells
+        assert f"seed = {seed}\n" in "".join(cell.source for cell in cells)
+        assert (folder / "log.txt").read_text().endswith("of the kernel") and 10 < run["peak_mb"] < 2000 and 0 < run["seconds"] < 100
+        assert set(run["versions"]) == {"python", "torch", "numpy"} and len(run["commit"]) == 40 and len(run["fingerprint"]) == 2
+        if seed < 11:
+            assert (run["status"], run["error"], run["claims"]) == ("passed", None, 2)
+            assert run["results"] == {"score": seed / 2, "threads": "3", "whole": {"16": 1.0, "64": seed / 10}}
+            assert (folder / "stdout.txt").read_text().splitlines() == [f"PASS  seed {seed}", f"PASS  name {run['parameters']['name']}"]
+        else:
+            assert (run["status"], run["error"], run["claims"]) == ("failed", "AssertionError: too large", 0)
+            (error,) = [o for cell in cells for o in cell.get("outputs", []) if o.output_type == "error"]
+            assert "too large" in "".join(error.traceback)
+    the_report(out, runs)
+    monkeypatch.setattr(batch, "report", lambda out: None)
+    written = {name: (out / name / "result.json").stat().st_mtime_ns for name in folders(out)}
+    assert main([*command[:-4], "--out", str(out)]) == 1         # in this process now: what failed is run again, nothing else
+    assert "22 up to date; 2 failed" in capsys.readouterr().out
+    again = [name for name in folders(out) if (out / name / "result.json").stat().st_mtime_ns != written[name]]
+    assert [name.startswith("good-seed=11") for name in again] == [True, True]
+    core = batch.core_hash()
+    with monkeypatch.context() as other:
+        other.setattr(batch, "core_hash", lambda: "another")
+        main([*command, "--dry-run"])
+    assert "24 stale, core changed" in capsys.readouterr().out and core == batch.core_hash()
+    source = Path(good).read_text()
+    Path(good).write_text(source.replace("too large", "no"))
+    main([*command, "--dry-run"])
+    assert "24 stale, notebook changed" in capsys.readouterr().out
+    Path(good).write_text(source.replace("# a notebook", "# its prose"))
+    main([*command, "--dry-run"])
+    assert "22 up to date; 2 failed" in capsys.readouterr().out
+
+
+def the_report(out, runs):
+    with open(out / "table.csv") as file:
+        table = list(csv.DictReader(file))
+    assert [(int(row["seed"]), row["name"]) for row in table] == [(seed, name) for seed in range(12) for name in "ab"]
+    assert [float(row["whole.64"]) for row in table if row["status"] == "passed"] == [seed / 10 for seed in range(11) for _ in "ab"]
+    pyarrow = pytest.importorskip("pyarrow.parquet")
+    assert pyarrow.read_table(out / "table.parquet").column("seed").to_pylist() == [seed for seed in range(12) for _ in "ab"]
+    rows = json.loads((out / "results.json").read_text())
+    assert len(rows) == 22 and {"seed", "name", "score", "whole", "command", "commit", "versions"} <= set(rows[0]) and rows[4]["score"] == 1.0
+    assert (out / "summary.png").stat().st_size > 5000
+    page = (out / "index.html").read_text()
+    assert "22 passed, 2 failed" in page and all((out / link).exists() for link in re.findall('(?:href|src)=["\'](.*?)["\']', page))
+    assert page.count("notebook.ipynb</a>") == 24 and "AssertionError: too large" in page
+
+
+def test_a_killed_worker_s_run_is_made_elsewhere_and_one_that_kills_them_all_fails_alone(tmp_path, no_report, capsys):
+    kill = "import os, time, pathlib\nmark = pathlib.Path(name)\nif name == 'always' or name == 'once' and not mark.exists():\n    mark.touch()\n" \
+           "    os.kill(os.getppid(), 9)\n    time.sleep(60)\ntime.sleep(1)"
+    notebook = write(tmp_path / "kill.ipynb", ("name = ''", "parameters"), (kill,))
+    with dask.config.set({"distributed.scheduler.allowed-failures": 1}):
+        assert main([notebook, "--grid", "name=once,always,never", "--workers", "2", "--out", str(tmp_path / "out")]) == 1
+    printed = capsys.readouterr().out
+    assert "2 passed, 1 failed" in printed and "KilledWorker: Attempted to run task" in printed
+    runs = {run["parameters"]["name"]: run for run in (read(tmp_path / "out" / name) for name in folders(tmp_path / "out"))}
+    assert {name: run["status"] for name, run in runs.items()} == {"once": "passed", "always": "failed", "never": "passed"}
+    cells = nbformat.read(tmp_path / "out" / runs["always"]["run"] / "notebook.ipynb", 4).cells
+    assert cells[-1].metadata.papermill.status == "running"     # where it was killed
+
+
+def test_a_failing_notebook_is_tried_again(tmp_path, no_report, capsys):
+    source = "import pathlib\nmark = pathlib.Path(f'{seed}')\nmark.write_text(mark.read_text() + 'x' if mark.exists() else 'x')\n" \
+             "assert len(mark.read_text()) > 1 + seed"
+    notebook = write(tmp_path / "flaky.ipynb", ("seed = 0", "parameters"), (source,))
+    assert main([notebook, "--grid", "seed=0,1", "--retries", "1", "--out", str(tmp_path / "out")]) == 1
+    assert "1 passed, 1 failed" in capsys.readouterr().out
+    assert [(tmp_path / name).read_text() for name in "01"] == ["xx", "xx"]
+
+
+def test_a_kernel_that_dies_is_a_failure_of_its_run_alone(tmp_path, no_report, capsys):
+    notebook = write(tmp_path / "dies.ipynb", ("seed = 0", "parameters"), ("import os\nif seed == 0:\n    os._exit(3)",))
+    assert main([notebook, "--grid", "seed=0,1", "--out", str(tmp_path / "out")]) == 1
+    assert "1 passed, 1 failed" in (printed := capsys.readouterr().out) and "DeadKernelError: Kernel died" in printed
+
+
+# Stopped and gone on with
+
+@pytest.fixture
+def slow(tmp_path):
+    return write(tmp_path / "slow.ipynb", ("seed = 0", "parameters"), ("import time\ntime.sleep(1 if seed < 2 else 30)",))
+
+
+def start(notebook, out, *options):
+    process = subprocess.Popen([*PYTHON, notebook, "--grid", "seed=0:4", *options, "--out", str(out)], env=ENVIRONMENT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, start_new_session=True)
+    until(lambda: out.exists() and len(list(out.glob("*/result.json"))) == 2 and len(list(out.glob("*.partial/notebook.ipynb"))) == 2)
+    until(lambda: len(kernels(psutil.Process(process.pid))) == 2)
+    return process
+
+
+def test_a_killed_batch_goes_on_where_it_was(tmp_path, slow, no_report, capsys):
+    out = tmp_path / "out"
+    process = start(slow, out, "--workers", "2")
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    until(lambda: not any(map(alive, children)))
+    assert len(list(out.glob("*.partial"))) == 2
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*[0-9a-f]/result.json")}
+    assert len(before) == 2
+    assert main([slow, "--grid", "seed=0:2", "--out", str(out)]) == 0
+    assert "2 up to date" in capsys.readouterr().out and not list(out.glob("*.partial"))
+    assert before == {path: path.stat().st_mtime_ns for path in out.glob("*/result.json")}
+
+
+def test_ctrl_c_leaves_no_kernel_no_worker_and_no_partial_folder(tmp_path, slow):
+    out = tmp_path / "out"
+    process = start(slow, out, "--workers", "2")
+    children, running = psutil.Process(process.pid).children(recursive=True), kernels(psutil.Process(process.pid))
+    os.killpg(process.pid, signal.SIGINT)                        # as a terminal does: to every process
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command goes on" in errors and "Traceback" not in errors
+    assert len(running) == 2 and not any(alive(kernel) for kernel in running)
+    until(lambda: not any(map(alive, children)), 10)
+    assert len(folders(out)) == 2 and all(read(out / name)["status"] == "passed" for name in folders(out))
+
+
+# Other machines
+
+@pytest.fixture
+def cluster(tmp_path):
+    """A scheduler and two workers, as processes; its address."""
+    file, started = tmp_path / "scheduler.json", []
+    for what in (["scheduler", "--port", "0", "--no-dashboard", "--host", "127.0.0.1"], *2 * [["worker", "--nthreads", "1"]]):
+        command = [sys.executable, "-m", "dask", *what, "--scheduler-file", str(file)]
+        started.append(subprocess.Popen(command, env=ENVIRONMENT, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+    until(file.exists)
+    yield json.loads(file.read_text())["address"]
+    for process in reversed(started):
+        process.terminate()
+        process.wait(20)
+
+
+def test_a_scheduler_and_workers_of_their_own(tmp_path, good, cluster, no_report, capsys, monkeypatch):
+    command = [good, "--grid", "seed=0:4", "--scheduler", cluster, "--out", str(tmp_path / "out")]
+    with monkeypatch.context() as other, pytest.raises(SystemExit) as stop:
+        other.setattr(batch, "core_hash", lambda: "another")
+        main(command)
+    assert stop.value.code == 2 and "has another mythos_core" in capsys.readouterr().err
+    assert folders(tmp_path / "out") == []
+    assert main(command) == 0 and "4 passed, 0 failed" in capsys.readouterr().out
+    assert all(read(tmp_path / "out" / name)["results"]["score"] >= 0 for name in folders(tmp_path / "out"))
+    assert main([*command[:2], "seed=4,5", *command[3:]]) == 0   # the cluster is still there
+
+
+def test_workers_of_many_threads_are_refused(tmp_path, good, capsys):
+    from distributed import LocalCluster
+    with LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None) as made, pytest.raises(SystemExit) as stop:
+        main([good, "--scheduler", made.scheduler_address, "--out", str(tmp_path / "out")])
+    assert stop.value.code == 2 and "--nthreads 1" in capsys.readouterr().err and folders(tmp_path / "out") == []
+
+
+def test_no_scheduler_there(tmp_path, good, capsys, monkeypatch):
+    distributed = pytest.importorskip("distributed")
+    monkeypatch.setattr(distributed, "Client", lambda address, timeout: (_ for _ in ()).throw(OSError(f"Timed out trying to connect to {address}")))
+    with pytest.raises(SystemExit) as stop:
+        main([good, "--scheduler", "tcp://127.0.0.1:1", "--out", str(tmp_path / "out")])
+    assert stop.value.code == 2 and "tcp://127.0.0.1:1" in capsys.readouterr().err
+
+
+def test_a_worker_that_does_not_see_the_folder_says_so(tmp_path):
+    with pytest.raises(OSError, match="share the file system"):
+        batch.look(tmp_path / "elsewhere", batch.core_hash())
+
+
+def test_the_job_script_of_slurm():
+    with batch.slurm_cluster("partition=gpu,cores=8,memory=32GB,jobs=0,gres=gpu:1,time=01:00:00") as made:
+        script = made.job_script()
+        for line in ("#SBATCH --partition=gpu", "#SBATCH --cpus-per-task=8", "#SBATCH --mem=30G", "#SBATCH --gres=gpu:1", "#SBATCH -t 01:00:00",
+                     "export OMP_NUM_THREADS=8"):
+            assert line in script.splitlines(), script
+        assert re.search(rf"{sys.executable} -m distributed.cli.dask_worker tcp://.* --nthreads 1$", script, re.M)
+    with batch.slurm_cluster("cores=8,memory=32GB,processes=4,jobs=0") as made:
+        assert "export OMP_NUM_THREADS=2" in made.job_script() and "--nworkers 4" in made.job_script()
+
+
+# Folders
+
+@pytest.fixture
+def mounted(tmp_path):
+    """A small file system of its own."""
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)], capture_output=True, check=False).returncode:
+        pytest.skip("no right to mount")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_ends_the_batch_and_what_finished_is_kept(tmp_path, mounted, no_report, capsys):
+    notebook = write(tmp_path / "large.ipynb", ("seed = 0", "parameters"), ("print('x' * 1000_000 * seed)",))
+    with pytest.raises(SystemExit) as stop:
+        main([notebook, "--grid", "seed=0:3", "--out", str(mounted / "out")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and f"{mounted / 'out'}: [Errno 28] No space left" in error and "are kept" in error and "Traceback" not in error
+    (name,) = folders(mounted / "out")
+    assert read(mounted / "out" / name)["parameters"] == {"seed": 0}
+
+
+def test_a_folder_that_cannot_be_written_is_named(good, mounted, capsys):
+    (mounted / "out").mkdir()
+    subprocess.run(["mount", "-o", "remount,ro", str(mounted)], check=True)
+    with pytest.raises(SystemExit) as stop:
+        main([good, "--out", str(mounted / "out")])
+    assert stop.value.code == 2 and str(mounted / "out") in (error := capsys.readouterr().err) and "Read-only file system" in error
+
+
+def test_a_stale_result_stays_until_the_new_one_is_whole(tmp_path, good, no_report, monkeypatch):
+    out = tmp_path / "out"
+    assert main([good, "--out", str(out)]) == 0
+    (name,) = folders(out)
+    Path(good).write_text(Path(good).read_text().replace("too large", "no"))
+    with monkeypatch.context() as other, pytest.raises(SystemExit):
+        other.setattr(batch, "keep", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left")))
+        main([good, "--out", str(out)])
+    assert folders(out) == [name] and read(out / name)["status"] == "passed"
+    old = read(out / name)["fingerprint"]
+    assert main([good, "--out", str(out)]) == 0 and folders(out) == [name] and read(out / name)["fingerprint"] != old
+
+
+def test_a_damaged_result_is_named_and_the_rest_reported(tmp_path, good, capsys):
+    out = tmp_path / "out"
+    assert main([good, "--grid", "seed=0:4", "--out", str(out)]) == 0
+    first, second, third, fourth = folders(out)
+    (out / fourth / "result.json").write_text('{"status": "passed"}')
+    (out / first / "result.json").write_text('{"status": "pas')
+    (out / second / "result.json").unlink()
+    capsys.readouterr()
+    assert main(["report", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"{name}: no whole result.json" in printed for name in (first, second, fourth)) and third not in printed
+    assert [row["seed"] for row in json.loads((out / "results.json").read_text())] == [2]
+    assert first in (out / "index.html").read_text()
+    assert main([good, "--grid", "seed=0:4", "--out", str(out), "--dry-run"]) == 0
+    assert "3 missing; 1 up to date" in capsys.readouterr().out
+
+
+# What notebooks call
+
+def test_results_are_declared_as_json(capsys, monkeypatch):
+    import torch
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda data, raw: shown.append(data))
+    batch.results(a=torch.tensor([1.0, 2.0]), b=float("nan"), c={"x": torch.tensor(3)}, d="text")
+    assert shown[0][batch.MIME] == {"a": [1.0, 2.0], "b": None, "c": {"x": 3}, "d": "text"} and "d = text" in shown[0]["text/plain"]
+    monkeypatch.undo()
+    batch.results(accuracy=0.9)                                  # outside a notebook it prints
+    assert "accuracy" in capsys.readouterr().out
+
+
+def test_a_run_of_the_study_makes_a_row(tmp_path, no_report):
+    grid = ["--grid", "variant='NoPE'", "--grid", "seed=1", "--grid", "measure=pace", "--grid", "steps=2"]
+    assert main([str(ROOT / "studies" / "study.ipynb"), *grid, "--out", str(tmp_path)]) == 0
+    (run,) = [read(tmp_path / name) for name in folders(tmp_path)]
+    committed = study.load(study.RESULTS / "pace.json")[0]
+    assert set(committed) <= {*run["parameters"], *run["results"], "command", "commit", "versions"}
+    assert run["results"]["recipe"]["steps"] == 2 and run["results"]["parameters"] == committed["parameters"] and run["results"]["threads"] == 1
+
+
+# Publishing
+
+def test_publish_puts_the_executed_notebook_in_place(tmp_path, good, no_report):
     assert main([good, "--publish", "--out", str(tmp_path / "out")]) == 0
     notebook = nbformat.read(good, 4)
-    assert [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"] == [1, 2]
-    assert notebook.cells[-1].outputs[0].text == "PASS  seed 0\nPASS  name a\n"
+    assert [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"] == [1, 2, 3, 4, 5]
+    assert notebook.cells[4].outputs[0].text == "PASS  seed 0\nPASS  name a\n"
     assert not any("papermill" in part.metadata for part in [notebook, *notebook.cells])
 
 
-def test_publish_leaves_notebooks_alone_when_one_fails(tmp_path, good):
+def test_publish_leaves_notebooks_alone_when_one_fails(tmp_path, good, no_report):
     bad = write(tmp_path / "bad.ipynb", ("1 / 0",))
     before = Path(good).read_text()
     assert main([good, bad, "--publish", "--out", str(tmp_path / "out")]) == 1

@@ -36,7 +36,7 @@ def test_every_requirement_is_pinned_above_its_floor():
 
 def test_the_package_asks_for_a_part_of_requirements_txt():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert set(project["dependencies"]) <= set(lines("requirements.txt"))
+    assert {*project["dependencies"], *project["optional-dependencies"]["cluster"]} <= set(lines("requirements.txt"))
     assert project["requires-python"] == ">=3.10"
 
 

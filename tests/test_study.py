@@ -1,7 +1,11 @@
 import json
+import shlex
 import statistics
 from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
 
+import nbformat
 import pytest
 import torch
 from conftest import tiny
@@ -13,6 +17,18 @@ from mythos_core.parity import answers, make_batch, structured
 from mythos_core.probes import depth_sweep, halting_map
 from mythos_core.recurrence import pairs
 from mythos_core.training import Recipe, get_recipe
+
+
+def defined(notebook):
+    """What a notebook imports and defines, none of it run."""
+    space = {}
+    for cell in nbformat.read(notebook, 4).cells:
+        if cell.cell_type == "code" and cell.source.startswith(("from", "def", "@", "RULES")):
+            exec(cell.source, space)
+    return SimpleNamespace(**space)
+
+
+measures = defined(Path(__file__).parent.parent / "studies" / "study.ipynb")
 
 
 def test_a_variant_changes_what_it_says_and_nothing_else():
@@ -58,23 +74,6 @@ def test_whole_strings_counts_strings_that_are_right_everywhere():
     assert study.whole_strings(Oracle(get_recipe("parity-extrapolating").config), 20, 5, strings=4) == 3 / 4
 
 
-def test_rows_are_made_kept_and_not_made_again(tmp_path, monkeypatch, capsys):
-    short = lambda name: replace(get_recipe("parity-extrapolating"), steps=2)  # noqa: E731
-    monkeypatch.setattr(study, "variant", short)
-    monkeypatch.setattr(study, "LOOPS", {length: 2 for length in study.LOOPS})
-    file = tmp_path / "rows.json"
-    for seed in (1, 0):
-        study.append(file, study.run_one(("NoPE", seed, "ablations", None)))
-    study.append(file, study.run_one(("window 2", 0, "ablations", None)))
-    rows = json.loads(file.read_text())
-    assert [(row["variant"], row["seed"]) for row in rows] == [("window 2", 0), ("NoPE", 0), ("NoPE", 1)]
-    assert all({"whole", "loops", "command", "commit", "versions", "recipe", "parameters"} <= set(row) for row in rows)
-    assert rows[1]["command"] == "python -m mythos_core.study --ablations --variant 'NoPE' --seeds 0"
-    before = file.read_text()
-    study.main(["--variant", "NoPE", "--seeds", "0:2", "--out", str(file)])
-    assert file.read_text() == before                        # nothing was missing
-
-
 @pytest.fixture(params=["reach", "ablations", "halting", "experts", "pace"])
 def committed(request):
     return study.load(study.RESULTS / f"{request.param}.json")
@@ -93,7 +92,10 @@ def test_committed_rows_are_of_the_recipes_there_are(committed):
     assert committed
     for row in committed:
         assert row["recipe"] == as_kept(study.variant(row["variant"]), row["recipe"]), row["variant"]
-        assert f"--variant '{row['variant']}' --seeds {row['seed']}" in row["command"]
+        if "mythos_core.study" in row["command"]:                # rows of before mythos_core.batch ran the study
+            assert f"--variant '{row['variant']}' --seeds {row['seed']}" in row["command"]
+        else:
+            assert {f'variant="{row["variant"]}"', f"seed={row['seed']}"} <= set(shlex.split(row["command"]))
         assert len(row["commit"]) == 40 and {"python", "torch", "numpy"} == set(row["versions"])
     assert len({(row["variant"], row["seed"]) for row in committed}) == len(committed)
 
@@ -157,6 +159,11 @@ def test_the_shipped_halting_model_does_what_its_committed_row_says():
         assert stopped == pytest.approx(row[str(length)]["stopped"], rel=0.02)
 
 
+def test_the_measures_name_the_variants_there_are():
+    assert study.MEASURED["ablations"] == list(study.VARIANTS)[:len(study.MEASURED["ablations"])]
+    assert set(study.VARIANTS) == {name for names in study.MEASURED.values() for name in names}
+
+
 def test_every_variant_was_run_with_five_seeds_and_none_left_out():
     rows = study.load(study.RESULTS / "ablations.json")
     seeds = {name: [row["seed"] for row in rows if row["variant"] == name] for name in study.MEASURED["ablations"]}
@@ -178,15 +185,9 @@ def test_the_median_training_was_whole_at_16_bits_within_20_seconds_and_done_wit
     assert statistics.median(row["train_seconds"] for row in rows) <= 45
 
 
-def test_an_unknown_variant_is_refused_before_any_work(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        study.main(["--variant", "window 3", "--out", str(tmp_path / "rows.json")])
-    assert "must be one of" in capsys.readouterr().err and not (tmp_path / "rows.json").exists()
-
-
 def test_exits_are_the_first_loops_at_which_a_position_may_stop_alone_or_with_all_before_it():
     may = torch.rand(9, 3, 7, generator=torch.Generator().manual_seed(0)) < 0.4
-    plain, prefix = study.exits(may, False), study.exits(may, True)
+    plain, prefix = measures.exits(may, False), measures.exits(may, True)
     for b in range(3):
         stopped = 0
         for s in range(7):
@@ -203,7 +204,7 @@ def test_signals_and_points_are_what_a_plain_look_gives():
     torch.manual_seed(0)
     config = tiny(halting="learned", loop_embedding=False, init_std=0.2, vocab_size=4)
     model, ids = OpenMythos(config).eval(), make_batch(3, 8)[0]
-    seen, logits = study.signals(model, ids, 6), [model.without_halting()(ids, n + 1) for n in range(6)]
+    seen, logits = measures.signals(model, ids, 6), [model.without_halting()(ids, n + 1) for n in range(6)]
     h = []
     model.without_halting()(ids, 6, observer=lambda record: h.append(record.h))
     going = torch.ones(3, 8)
@@ -220,19 +221,19 @@ def test_signals_and_points_are_what_a_plain_look_gives():
         assert torch.allclose(seen["p"][t], torch.minimum(p[t], p[t - 1]) if t else torch.zeros(3, 8), atol=1e-5)
         going = going * (1 - p[t])
         assert torch.allclose(seen["chance"][t], 1 - going, atol=1e-5)
-    points = study.exit_points(seen, ("same", "KL"))
+    points = measures.exit_points(seen, ("same", "KL"))
     fixed = [p for p in points if p["rule"] == "fixed"]
     assert [p["loops"] for p in fixed] == [1, 2, 3, 4, 5, 6]
     assert [p["token"] for p in fixed] == pytest.approx(seen["right"].float().mean((1, 2)).tolist())
     (point,) = [p for p in points if p["rule"] == "same" and p["setting"] == 2 and p["prefix"]]
-    at = study.exits(seen["same"] >= 2, True)
+    at = measures.exits(seen["same"] >= 2, True)
     assert point["loops"] == pytest.approx((at + 1).float().mean().item())
     assert point["token"] == pytest.approx(torch.stack([seen["right"][at[b, s], b, s] for b in range(3) for s in range(8)]).float().mean().item())
 
 
 def test_a_head_on_a_frozen_model_changes_nothing_but_itself():
     model = OpenMythos(get_recipe("parity-extrapolating").config).eval()
-    head = study.head_on_frozen(model, linear=True, steps=2)
+    head = measures.head_on_frozen(model, linear=True, steps=2)
     frozen = head.without_halting().state_dict()
     assert all(torch.equal(tensor, frozen[name]) for name, tensor in model.state_dict().items())
     assert head.recurrent.act.halt.weight.shape == (1, 128) and not head.training
@@ -240,5 +241,5 @@ def test_a_head_on_a_frozen_model_changes_nothing_but_itself():
 
 def test_continuations_are_counted_whole():
     model = OpenMythos.from_pretrained("parity-extrapolating")
-    assert study.continued(model, study.fresh_strings(16), 32, None) == (1.0, [])
-    assert study.continued(model, study.fresh_strings(16), 2, None)[0] < 1
+    assert measures.continued(model, study.fresh_strings(16), 32, None) == (1.0, [])
+    assert measures.continued(model, study.fresh_strings(16), 2, None)[0] < 1
