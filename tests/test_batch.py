@@ -386,7 +386,7 @@ def test_results_are_declared_as_json(capsys, monkeypatch):
 
 def test_a_run_of_the_study_makes_a_row(tmp_path, no_report):
     grid = ["--grid", "variant='NoPE'", "--grid", "seed=1", "--grid", "measure=pace", "--grid", "steps=2"]
-    assert main([str(ROOT / "studies" / "study.ipynb"), *grid, "--out", str(tmp_path)]) == 0
+    assert main([str(ROOT / "mythos_core" / "study.ipynb"), *grid, "--out", str(tmp_path)]) == 0
     (run,) = [read(tmp_path / name) for name in folders(tmp_path)]
     committed = study.load(study.RESULTS / "pace.json")[0]
     assert set(committed) <= {*run["parameters"], *run["results"], "command", "commit", "versions"}

@@ -28,7 +28,7 @@ def defined(notebook):
     return SimpleNamespace(**space)
 
 
-measures = defined(Path(__file__).parent.parent / "studies" / "study.ipynb")
+measures = defined(Path(__file__).parent.parent / "mythos_core" / "study.ipynb")
 
 
 def test_a_variant_changes_what_it_says_and_nothing_else():
