@@ -208,6 +208,7 @@ def test_signals_and_points_are_what_a_plain_look_gives():
     h = []
     model.without_halting()(ids, 6, observer=lambda record: h.append(record.h))
     going = torch.ones(3, 8)
+    assert seen["KL"][0].isinf().all()                           # nothing to compare with yet: no reason to stop
     for t in range(1, 6):
         answer = [x.argmax(-1) for x in logits[:t + 1]]
         assert torch.equal(seen["right"][t], answer[t] == answers(ids))
