@@ -34,7 +34,7 @@ class MythosConfig:
     n_shared_experts: int = 2        # experts every token passes through, each n_experts_per_tok * expert_dim wide
     n_experts_per_tok: int = 4       # routed experts a token passes through
     expert_dim: int = 512            # hidden width of a routed expert
-    act_threshold: float = 0.99      # halting probability at which a position stops: the sum over loops, or of one loop with "learned"
+    act_threshold: float = 0.99      # halting probability at which a position stops: the sum over loops, or that of two loops running with "learned"
     rope_theta: float = 500000.0     # RoPE base
     lora_rank: int = 16              # rank of the per-loop adapter (Bae et al. 2024); 0 = none
     max_output_tokens: int = 4096    # most tokens one call of `generate` may add
