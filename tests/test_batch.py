@@ -134,7 +134,7 @@ def test_24_runs_on_two_workers_and_again(tmp_path, good, capsys, monkeypatch):
         seed, folder = run["parameters"]["seed"], out / run["run"]
         cells = nbformat.read(folder / "notebook.ipynb", 4).cells
         assert f"seed = {seed}\n" in "".join(cell.source for cell in cells)
-        assert (folder / "log.txt").read_text().endswith("of the kernel") and 10 < run["peak_mb"] < 2000 and 0 < run["seconds"] < 100
+        assert "of the kernel" in (folder / "log.txt").read_text() and 10 < run["peak_mb"] < 2000 and 0 < run["seconds"] < 100
         assert set(run["versions"]) == {"python", "torch", "numpy"} and len(run["commit"]) == 40 and len(run["fingerprint"]) == 2
         if seed < 11:
             assert (run["status"], run["error"], run["claims"]) == ("passed", None, 2)
@@ -184,12 +184,13 @@ def test_a_killed_worker_s_run_is_made_elsewhere_and_one_that_kills_them_all_fai
     kill = "import os, time, pathlib\nmark = pathlib.Path(name)\nif name == 'always' or name == 'once' and not mark.exists():\n    mark.touch()\n" \
            "    os.kill(os.getppid(), 9)\n    time.sleep(60)\ntime.sleep(1)"
     notebook = write(tmp_path / "kill.ipynb", ("name = ''", "parameters"), (kill,))
-    with dask.config.set({"distributed.scheduler.allowed-failures": 1}):
-        assert main([notebook, "--grid", "name=once,always,never", "--workers", "2", "--out", str(tmp_path / "out")]) == 1
+    with dask.config.set({"distributed.scheduler.allowed-failures": 1}):  # so few that a run must not share a batch with another's kills
+        assert main([notebook, "--grid", "name=once,never", "--workers", "2", "--out", str(tmp_path / "out")]) == 0
+        assert main([notebook, "--grid", "name=always,calm", "--workers", "2", "--out", str(tmp_path / "out")]) == 1
     printed = capsys.readouterr().out
-    assert "2 passed, 1 failed" in printed and "KilledWorker: Attempted to run task" in printed
+    assert "2 passed, 0 failed" in printed and "1 passed, 1 failed" in printed and "KilledWorker: Attempted to run task" in printed
     runs = {run["parameters"]["name"]: run for run in (read(tmp_path / "out" / name) for name in folders(tmp_path / "out"))}
-    assert {name: run["status"] for name, run in runs.items()} == {"once": "passed", "always": "failed", "never": "passed"}
+    assert {name: run["status"] for name, run in runs.items()} == {"once": "passed", "never": "passed", "always": "failed", "calm": "passed"}
     cells = nbformat.read(tmp_path / "out" / runs["always"]["run"] / "notebook.ipynb", 4).cells
     assert cells[-1].metadata.papermill.status == "running"     # where it was killed
 
