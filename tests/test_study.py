@@ -244,3 +244,5 @@ def test_continuations_are_counted_whole():
     model = OpenMythos.from_pretrained("parity-extrapolating")
     assert measures.continued(model, study.fresh_strings(16), 32, None) == (1.0, [])
     assert measures.continued(model, study.fresh_strings(16), 2, None)[0] < 1
+    exact, spent = measures.continued(OpenMythos.from_pretrained("parity-halting"), study.fresh_strings(16), 32, 1)
+    assert exact == 1.0 and len(spent) == 8 and all(2 <= median <= most <= 32 for median, most in spent) and spent[0][1] > spent[-1][1]
