@@ -219,7 +219,8 @@ def slow(tmp_path):
 
 def start(notebook, out, *options):
     process = subprocess.Popen([*PYTHON, notebook, "--grid", "seed=0:4", *options, "--out", str(out)], env=ENVIRONMENT, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, start_new_session=True)
+                               stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # it may be ignored here, as in a background job
     until(lambda: out.exists() and len(list(out.glob("*/result.json"))) == 2 and len(list(out.glob("*.partial/notebook.ipynb"))) == 2)
     until(lambda: len(kernels(psutil.Process(process.pid))) == 2)
     return process
