@@ -74,7 +74,7 @@ def test_whole_strings_counts_strings_that_are_right_everywhere():
     assert study.whole_strings(Oracle(get_recipe("parity-extrapolating").config), 20, 5, strings=4) == 3 / 4
 
 
-@pytest.fixture(params=["reach", "ablations", "halting", "exits", "experts", "pace"])
+@pytest.fixture(params=["reach", "ablations", "halting", "exits", "experts", "generation", "pace"])
 def committed(request):
     return study.load(study.RESULTS / f"{request.param}.json")
 
@@ -170,7 +170,7 @@ def test_every_variant_was_run_with_five_seeds_and_none_left_out():
     assert all(found == list(range(5)) for found in seeds.values()), seeds
 
 
-@pytest.mark.parametrize("measure", ["halting", "exits", "experts"])
+@pytest.mark.parametrize("measure", ["halting", "exits", "experts", "generation"])
 def test_every_comparison_has_five_seeds_and_none_left_out(measure):
     rows = study.load(study.RESULTS / f"{measure}.json")
     assert [(row["variant"], row["seed"]) for row in rows] == [(name, seed) for name in sorted(study.MEASURED[measure], key=list(study.VARIANTS).index)
