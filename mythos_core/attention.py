@@ -4,22 +4,24 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Complex, Float
 from torch import Tensor
 
 from mythos_core.cache import KVCache
 from mythos_core.config import MythosConfig
 from mythos_core.layers import NORM_EPS, rope_table, rotate
 
-BLOCK = 32  # queries of one block of windowed attention: a block reads BLOCK + window - 1 keys
+BLOCK = 16  # queries of one block of windowed attention: a block reads BLOCK + window - 1 keys
+SHORT = 32  # queries up to which `few` is faster than `scaled_dot_product_attention` on CPU
 
 
 @dataclass(frozen=True)
 class Context:
     """What all layers of one pass share, made once: where the tokens are, what they may see, what is remembered."""
 
-    rope: tuple[Tensor, Tensor] | None   # of `rope_table`, each (S, 1, rope_dim)
-    mask: Bool[Tensor, "..."] | None     # True = may attend; None = plain causal, or a single query that sees all
+    rope: Complex[Tensor, "seq 1 pairs"] | None      # of `rope_table`
+    bias: Float[Tensor, "rows keys queries"] | None  # for `few`: 0 where a query may attend, -inf where not; None = one query, or too many
+    mask: Bool[Tensor, "1 seq keys"] | None          # for too many: True = may attend; None = plain causal
     cache: KVCache | None
 
     @classmethod
@@ -27,25 +29,26 @@ class Context:
         """The context of `seq` new tokens behind what `cache` holds; `like` gives device and dtype."""
         start = cache.length if cache is not None else 0
         rope = rope_table(start, seq, config.rope_dim, config.rope_theta, like) if config.rope else None
-        if config.window is not None and seq > BLOCK:
-            mask = band_mask(start, seq, config.window, like.device)
-            mask = mask.expand(batch, *mask.shape).reshape(-1, 1, *mask.shape[1:])          # (B * blocks, 1, block, keys)
-        elif config.window is not None:
-            mask = band_mask(start, seq, config.window, like.device)[0, :, -(min(start, config.window - 1) + seq):]
-        elif start and seq > 1:
-            mask = torch.ones(seq, start + seq, dtype=torch.bool, device=like.device).tril(start)
-        else:
-            mask = None
-        return cls(rope, mask, cache)
+        if seq == 1 or (config.window is None and seq > SHORT and not start):
+            return cls(rope, None, None, cache)
+        window, block = (start + seq, seq) if config.window is None else (config.window, min(seq, BLOCK))
+        mask = band_mask(start, seq, window, block, like.device)
+        mask = mask[..., -(min(start, window - 1) + seq):] if len(mask) == 1 else mask      # of a single block, the keys there are
+        if config.window is None and seq > SHORT:
+            return cls(rope, None, mask, cache)
+        bias = torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill(~mask, -torch.inf).mT
+        bias = torch.cat([bias] * (config.n_heads // config.kv_heads), -1)                  # (blocks, keys, G * block)
+        if len(bias) > 1:
+            bias = bias.repeat(batch, 1, 1).repeat_interleave(config.kv_heads, 0)           # (B * blocks * KV, keys, G * block)
+        return cls(rope, bias, None, cache)
 
     def remember(self, layer: str, name: str, x: Tensor, keep: int | None = None) -> Tensor:
         """x with the past that the cache holds before it, if there is a cache."""
         return x if self.cache is None else self.cache.extend(layer, name, x, keep)
 
 
-def band_mask(start: int, seq: int, window: int, device) -> Bool[Tensor, "blocks block keys"]:
+def band_mask(start: int, seq: int, window: int, block: int, device) -> Bool[Tensor, "blocks block keys"]:
     """For query r of block i and key c of that block's stretch: seen if it lies 0 .. window - 1 back and exists."""
-    block = min(seq, BLOCK)
     query, key = torch.arange(block, device=device)[:, None], torch.arange(block + window - 1, device=device) - (window - 1)
     first = start + block * torch.arange(-(-seq // block), device=device)                   # position of each block's first query
     gap = query - key
@@ -59,19 +62,32 @@ def to_blocks(x: Float[Tensor, "batch heads seq dim"], size: int, step: int, lef
     return x.unfold(2, size, step).permute(0, 2, 1, 4, 3).flatten(0, 1)                     # (B * blocks, H, size, dim)
 
 
+def few(q: Float[Tensor, "batch heads seq dk"], k: Float[Tensor, "batch kv_heads keys dk"], v: Float[Tensor, "batch kv_heads keys dv"], bias,
+        scale: float, dropout_p: float) -> Float[Tensor, "batch heads seq dv"]:
+    """softmax(scale * q k^T + bias) v written out. The heads of a group are so many more queries of the key head that they share.
+
+    Scores lie keys by queries, so that softmax runs over many queries at once; those of a single position, which sees all, queries by keys.
+    """
+    batch, heads, seq, _ = q.shape
+    q, k, v = (x.reshape(batch * k.shape[1], -1, x.shape[-1]) for x in (q, k, v))           # (B * KV, G * S or keys, d)
+    weights = torch.bmm(q * scale, k.mT).softmax(2) if seq == 1 else torch.baddbmm(bias, k, q.mT, alpha=scale).softmax(1).mT
+    return torch.bmm(F.dropout(weights, dropout_p), v).view(batch, heads, seq, -1)          # weights: (B * KV, G * S, keys)
+
+
 def attend(q: Float[Tensor, "batch heads seq dk"], k: Float[Tensor, "batch kv_heads keys dk"], v: Float[Tensor, "batch kv_heads keys dv"],
-           mask, window: int | None, **sdpa) -> Float[Tensor, "batch heads seq dv"]:
-    """softmax(q k^T * scale + mask) v. The queries are the last S of the key positions.
+           ctx: Context, window: int | None, scale: float, dropout_p: float) -> Float[Tensor, "batch heads seq dv"]:
+    """softmax(scale * q k^T, what ctx lets be seen) v. The queries are the last S of the key positions.
 
     With a window, long strings are taken in blocks of queries that each read only the keys they can see: cost linear in length.
     """
+    if ctx.bias is None and q.shape[2] > 1:
+        return F.scaled_dot_product_attention(q, k, v, ctx.mask, dropout_p, is_causal=ctx.mask is None, scale=scale, enable_gqa=True)
     if window is None or q.shape[2] <= BLOCK:
-        causal = mask is None and q.shape[2] > 1
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True, **sdpa)
+        return few(q, k, v, ctx.bias, scale, dropout_p)
     batch, _, seq, _ = q.shape
-    block, missing = BLOCK, window - 1 + seq - k.shape[2]                                    # zeros in place of keys before position 0
-    q, k, v = to_blocks(q, block, block, 0), to_blocks(k, block + window - 1, block, missing), to_blocks(v, block + window - 1, block, missing)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True, **sdpa)  # (B * blocks, H, block, dv)
+    size, missing = BLOCK + window - 1, window - 1 + seq - k.shape[2]                        # zeros in place of keys before position 0
+    q, k, v = to_blocks(q, BLOCK, BLOCK, 0), to_blocks(k, size, BLOCK, missing), to_blocks(v, size, BLOCK, missing)
+    out = few(q, k, v, ctx.bias, scale, dropout_p)                                          # (B * blocks, H, BLOCK, dv)
     return out.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)[:, :, :seq]
 
 
@@ -94,7 +110,7 @@ class GQA(nn.Module):
         q, k = rotate(qk, ctx.rope).split([c.n_heads, c.n_kv_heads], 2)
         keep = c.window and c.window - 1
         k, v = (ctx.remember(layer, name, x.transpose(1, 2), keep) for name, x in (("k", k), ("v", v)))  # (B, KV, past + S, head_dim)
-        out = attend(q.transpose(1, 2), k, v, ctx.mask, c.window, dropout_p=c.dropout if self.training else 0.0)
+        out = attend(q.transpose(1, 2), k, v, ctx, c.window, self.head_dim ** -0.5, c.dropout if self.training else 0.0)
         return self.out(out.transpose(1, 2).flatten(2))                                     # (B, S, dim)
 
 
@@ -119,12 +135,12 @@ class MLA(nn.Module):
         c, nope = self.config, self.config.qk_nope_head_dim
         q, latent, k_rope = self.down(x).split([c.q_lora_rank, c.kv_lora_rank, c.qk_rope_head_dim], -1)
         q = self.q_up(self.q_norm(q)).unflatten(-1, (c.n_heads, -1))                        # (B, S, H, nope + rope)
-        k_rope = rotate(k_rope.unsqueeze(2), ctx.rope).squeeze(2)                           # (B, S, rope)
+        k_rope = rotate(k_rope.unsqueeze(2).contiguous(), ctx.rope).squeeze(2)              # (B, S, rope); pairs of odd strides are no complex numbers
         up_k, up_v = self.kv_up.weight.unflatten(0, (c.n_heads, -1)).split([nope, c.v_head_dim], 1)  # (H, nope | v, rank)
-        q = torch.cat([torch.einsum("bshn,hnr->bshr", q[..., :nope], up_k), rotate(q[..., nope:], ctx.rope)], -1)
+        q = torch.cat([torch.einsum("bshn,hnr->bshr", q[..., :nope], up_k), rotate(q[..., nope:].contiguous(), ctx.rope)], -1)
         k = torch.cat([self.kv_norm(latent), k_rope], -1).unsqueeze(1)                      # (B, 1, S, rank + rope)
         k = ctx.remember(layer, "latent", k, c.window and c.window - 1)
-        out = attend(q.transpose(1, 2), k, k[..., :c.kv_lora_rank], ctx.mask, c.window, scale=(nope + c.qk_rope_head_dim) ** -0.5,
-                     dropout_p=c.dropout if self.training else 0.0)                         # (B, H, S, rank)
+        out = attend(q.transpose(1, 2), k, k[..., :c.kv_lora_rank], ctx, c.window, (nope + c.qk_rope_head_dim) ** -0.5,
+                     c.dropout if self.training else 0.0)                                   # (B, H, S, rank)
         out = torch.einsum("bhsr,hvr->bshv", out, up_v)
         return self.out(out.flatten(2))                                                     # (B, S, dim)

@@ -91,6 +91,11 @@ class MythosConfig:
         """Channels of a head that RoPE rotates."""
         return self.dim // self.n_heads if self.attn_type == "gqa" else self.qk_rope_head_dim
 
+    @property
+    def kv_heads(self) -> int:
+        """Key heads that the query heads share: MLA's latent is one."""
+        return self.n_kv_heads if self.attn_type == "gqa" else 1
+
     def _require(self, name, holds, rule):
         if not holds:
             raise ValueError(f"MythosConfig.{name} = {getattr(self, name)!r}: must be {rule}")

@@ -11,8 +11,8 @@ from mythos_core.model import OpenMythos
 def from_open_mythos(state_dict: dict[str, Tensor], config) -> OpenMythos:
     """The model of this package that computes what an open-mythos 0.5.0 model with these weights computes.
 
-    `config` has that model's hyper-parameters: a MythosConfig, or that model's own `cfg`. Projections are fused, experts stacked, and RoPE's neighbouring pairs
-    reordered half and half; the complex RoPE tables are dropped. With the switches at their defaults logits agree to
+    `config` has that model's hyper-parameters: a MythosConfig, or that model's own `cfg`. Projections are fused and
+    experts stacked; the RoPE tables are dropped. With the switches at their defaults logits agree to
     1e-5 in float32.
 
     Raises:
@@ -24,7 +24,11 @@ def from_open_mythos(state_dict: dict[str, Tensor], config) -> OpenMythos:
     blocks = [f"prelude.{i}" for i in range(config.prelude_layers)] + [f"coda.{i}" for i in range(config.coda_layers)] + ["recurrent.block"]
     try:
         for block in blocks:
-            (_take_gqa if config.attn_type == "gqa" else _take_mla)(source, f"{block}.attn", config)
+            if config.attn_type == "gqa":
+                _fuse(source, f"{block}.attn.qkv.weight", *(f"{block}.attn.w{part}.weight" for part in "qkv"))
+            else:
+                _take_mla(source, f"{block}.attn", config)
+            _fuse(source, f"{block}.attn.out.weight", f"{block}.attn.wo.weight")
             if block != "recurrent.block":
                 _fuse(source, f"{block}.ffn.gate_up.weight", f"{block}.ffn.gate.weight", f"{block}.ffn.up.weight")
         _take_moe(source, "recurrent.block.ffn", config)
@@ -40,32 +44,15 @@ def _fuse(source, new, *olds):
     source[new] = torch.cat([source.pop(old) for old in olds])
 
 
-def _half_split(weight: Tensor, heads: int, rotated: int) -> Tensor:
-    """Rows of each head's last `rotated` channels, from (even, odd) pairs to (first half, second half)."""
-    per_head = weight.unflatten(0, (heads, -1))
-    plain, pairs = per_head[:, : per_head.shape[1] - rotated], per_head[:, per_head.shape[1] - rotated:]
-    return torch.cat([plain, pairs[:, 0::2], pairs[:, 1::2]], 1).flatten(0, 1)
-
-
-def _take_gqa(source, attn, config):
-    for name, heads in (("wq", config.n_heads), ("wk", config.n_kv_heads)):
-        source[f"{attn}.{name}.weight"] = _half_split(source[f"{attn}.{name}.weight"], heads, config.rope_dim)
-    _fuse(source, f"{attn}.qkv.weight", *(f"{attn}.{name}.weight" for name in ("wq", "wk", "wv")))
-    _fuse(source, f"{attn}.out.weight", f"{attn}.wo.weight")
-
-
 def _take_mla(source, attn, config):
-    heads, rope = config.n_heads, config.qk_rope_head_dim
-    up = [source.pop(f"{attn}.q_up_{part}.weight").unflatten(0, (heads, -1)) for part in ("nope", "rope")]
-    source[f"{attn}.q_up.weight"] = _half_split(torch.cat(up, 1).flatten(0, 1), heads, rope)
-    source[f"{attn}.kv_down.weight"] = _half_split(source[f"{attn}.kv_down.weight"], 1, rope)
+    up = [source.pop(f"{attn}.q_up_{part}.weight").unflatten(0, (config.n_heads, -1)) for part in ("nope", "rope")]
+    source[f"{attn}.q_up.weight"] = torch.cat(up, 1).flatten(0, 1)
     _fuse(source, f"{attn}.down.weight", f"{attn}.q_down.weight", f"{attn}.kv_down.weight")
-    _fuse(source, f"{attn}.out.weight", f"{attn}.wo.weight")
 
 
 def _take_moe(source, ffn, config):
     expert = {part: [source.pop(f"{ffn}.routed_experts.{i}.{part}.weight") for i in range(config.n_experts)] for part in ("gate", "up", "down")}
-    source[f"{ffn}.gate_up"] = torch.cat([torch.stack(expert["gate"]), torch.stack(expert["up"])], 1)
+    source[f"{ffn}.gate_up"] = torch.stack([torch.stack(expert["gate"]), torch.stack(expert["up"])])
     source[f"{ffn}.down"] = torch.stack(expert["down"]).transpose(1, 2)
     for i in range(config.n_shared_experts):
         old, new = f"{ffn}.shared_experts.{i}", f"{ffn}.shared.{i}"

@@ -2,36 +2,33 @@
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Complex, Float
 from torch import Tensor
 
 NORM_EPS = 1e-6
 
 
-def rope_table(start: int, length: int, dim: int, theta: float, like: Tensor) -> tuple[Float[Tensor, "seq 1 dim"], Float[Tensor, "seq 1 dim"]]:
-    """cos(m f_i) twice over, and -sin(m f_i), sin(m f_i), for positions m = start .. start + length - 1, f_i = theta^(-2i / dim).
+def rope_table(start: int, length: int, dim: int, theta: float, like: Tensor) -> Complex[Tensor, "seq 1 pairs"]:
+    """exp(i m f_j) for positions m = start .. start + length - 1 and pairs j = 0 .. dim / 2 - 1, f_j = theta^(-2j / dim).
 
-    RoPE (Su et al. 2021) as two real tables, in float32 (float64 for a float64 model): angles near position 1,000 need more
-    digits than bfloat16 has. Made for each pass rather than kept: it costs microseconds, while a buffer would be saved, cast
-    and bounded.
+    RoPE (Su et al. 2021), in complex64 (complex128 for a float64 model): angles near position 1,000 need more digits than
+    bfloat16 has. Made for each pass rather than kept: it costs microseconds, while a buffer would be saved, cast and bounded.
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
     frequency = 1.0 / theta ** (torch.arange(0, dim, 2, device=like.device, dtype=dtype) / dim)
     angle = torch.outer(torch.arange(start, start + length, device=like.device, dtype=dtype), frequency).unsqueeze(1)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+    return torch.polar(torch.ones_like(angle), angle)
 
 
 def rotate(x: Float[Tensor, "batch seq heads dim"], table) -> Float[Tensor, "batch seq heads dim"]:
-    """Turn the pairs (x_i, x_{i + dim/2}) by the table's angles; `table` None leaves x as it is (NoPE).
+    """Turn the pairs (x_2j, x_2j+1) by the table's angles, as one product of complex numbers; `table` None leaves x as it is (NoPE).
 
-    With pairs half a head apart the partner of every channel is one roll away; `from_open_mythos` reorders weights that
-    were trained with neighbouring pairs.
+    A pair is read as a complex number where it lies, so strides must be even, but for the last, which is 1.
     """
     if table is None:
         return x
-    cos, sin = table
-    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
+    pairs = torch.view_as_complex(x.to(table.real.dtype).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
 
 
 class SwiGLU(nn.Module):

@@ -36,7 +36,7 @@ class MoE(nn.Module):
         super().__init__()
         c = self.config = config
         self.router = nn.Linear(c.dim, c.n_experts, bias=False)
-        self.gate_up = nn.Parameter(torch.empty(c.n_experts, 2 * c.expert_dim, c.dim))
+        self.gate_up = nn.Parameter(torch.empty(2, c.n_experts, c.expert_dim, c.dim))
         self.down = nn.Parameter(torch.empty(c.n_experts, c.expert_dim, c.dim))
         self.shared = nn.ModuleList(SwiGLU(c.dim, c.n_experts_per_tok * c.expert_dim) for _ in range(c.n_shared_experts))
         self.register_buffer("router_bias", torch.zeros(c.n_experts))
@@ -62,8 +62,8 @@ class MoE(nn.Module):
     def _dense(self, x, ids, gates):
         """Every expert on every token, the gates of those not chosen being 0: two large products."""
         weight = gates.new_zeros(len(x), self.config.n_experts).scatter(-1, ids, gates)
-        gate, up = F.linear(x, self.gate_up.flatten(0, 1)).unflatten(-1, (self.config.n_experts, -1)).chunk(2, -1)
-        hidden = F.silu(gate) * up * weight.unsqueeze(-1)                                   # (N, E, expert_dim)
+        gate, up = F.linear(x, self.gate_up.flatten(0, 2)).chunk(2, -1)                     # (N, E * expert_dim)
+        hidden = (F.silu(gate) * up).unflatten(-1, (self.config.n_experts, -1)) * weight.unsqueeze(-1)
         return hidden.flatten(1) @ self.down.flatten(0, 1)
 
     def _grouped(self, x, ids, gates):
@@ -71,8 +71,8 @@ class MoE(nn.Module):
         order = ids.flatten().argsort(stable=True)
         token = order // self.config.n_experts_per_tok
         ends = _count(ids, self.config.n_experts).cumsum(0, dtype=torch.int32)
-        gate_up, down = self.gate_up.to(x.dtype), self.down.to(x.dtype)                     # autocast does not know this product
-        gate, up = F.grouped_mm(x[token], gate_up.transpose(1, 2), offs=ends).chunk(2, -1)
+        copies, down = x[token], self.down.to(x.dtype)           # (N k, dim); autocast does not know this product
+        gate, up = (F.grouped_mm(copies, weight.mT, offs=ends) for weight in self.gate_up.to(x.dtype))
         hidden = F.silu(gate) * up * gates.flatten()[order].unsqueeze(-1)                   # (N k, expert_dim)
         return torch.zeros_like(x).index_add(0, token, F.grouped_mm(hidden.to(x.dtype), down, offs=ends))
 

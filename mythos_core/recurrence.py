@@ -1,4 +1,5 @@
 """The looped part: h_{t+1} = A * h_t + B * e + block(norm(h_t + loop_embedding(t) + e)), with LoRA, token shift and ACT."""
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -68,7 +69,7 @@ class LTIInjection(nn.Module):
         return A.clamp(torch.finfo(dtype).tiny, 1 - torch.finfo(dtype).eps / 2).to(dtype)
 
     def forward(self, h: Float[Tensor, "batch seq dim"], e: Float[Tensor, "batch seq dim"], out: Float[Tensor, "batch seq dim"]):
-        return self.get_A() * h + self.B * e + out
+        return torch.addcmul(torch.addcmul(out, self.B, e), self.get_A(), h)
 
 
 class LoopLoRA(nn.Module):
@@ -158,9 +159,8 @@ def pairs(h: Float[Tensor, "batch seq dim"], ctx: Context, t: int = 0) -> Float[
 def loop_embedding(t: int, dim: int, like: Tensor) -> Float[Tensor, "dim"]:
     """sin and cos of t * 10000^(-2i / width) on the first width = dim // 8 channels, 0 on the others."""
     width = dim // 8
-    angle = t / 10000.0 ** (torch.arange(0, width, 2, device=like.device, dtype=like.dtype) / width)
-    emb = torch.cat([angle.sin(), angle.cos()])[:width]
-    return torch.cat([emb, emb.new_zeros(dim - width)])
+    table = [f(t / 10000.0 ** (i / width)) for f in (math.sin, math.cos) for i in range(0, width, 2)][:width]  # so few are quicker as Python's
+    return like.new_tensor(table + [0.0] * (dim - width))
 
 
 class Rest:
@@ -173,10 +173,10 @@ class Rest:
     LOOPS = 4
     CUT = 32                                                     # the prefix is cut at multiples of this, as each cut needs a new mask
 
-    def __init__(self, config: MythosConfig, ctx: Context, total: Float[Tensor, "batch seq"]):
-        self.config, self.cache, self.ctx, self.first = config, ctx.cache, ctx, 0
-        self.since = torch.zeros_like(total)                     # loops since each position stopped
-        self.late = torch.zeros_like(total[:, -1:])              # loops before the last position stopped
+    def __init__(self, config: MythosConfig, ctx: Context, e: Float[Tensor, "batch seq dim"]):
+        self.config, self.cache, self.ctx, self.e, self.first = config, ctx.cache, ctx, e, 0
+        self.since = e.new_zeros(e.shape[:2], dtype=torch.float32)  # loops since each position stopped
+        self.late = torch.zeros_like(self.since[:, -1:])         # loops before the last position stopped
 
     def open(self, t: int):
         """Whether all positions that the cache holds had stopped at loop t. One entry for all loops holds them as they ended."""
@@ -197,7 +197,7 @@ class Rest:
         self.since = self.since + (total >= 1)
         self.late = self.late + (total[:, -1:] < 1)
         if self.cache is None:
-            self._cut(int(resting.long().cumprod(0).sum()), total)
+            self._cut(int(resting.long().cumprod(0).sum()))
             return False
         done = bool(resting.all()) and t >= self.cache.settled
         if done:
@@ -206,11 +206,11 @@ class Rest:
             self.cache.stopped, self.cache.settled = self.late, t if done else n_loops
         return done
 
-    def _cut(self, resting, total):
+    def _cut(self, resting):
         c = self.config
         first = (resting - (c.window - 1) - c.token_shift) // self.CUT * self.CUT if c.window else 0
         if first > self.first:
-            self.first, self.ctx = first, Context.of(c, len(total), total.shape[1] - first, None, like=total)
+            self.first, self.ctx = first, Context.of(c, len(self.e), self.e.shape[1] - first, None, like=self.e)
 
 
 class RecurrentBlock(nn.Module):
@@ -259,15 +259,15 @@ class RecurrentBlock(nn.Module):
         h, weighted, total = self._start(e), torch.zeros_like(e), e.new_zeros(e.shape[:2], dtype=torch.float32)
         act, rest, expert_ids = self.act, None, None
         if isinstance(act, LearnedHalting):
-            act, rest = (None, None) if self.training else (act, Rest(self.config, ctx, total))
+            act, rest = (None, None) if self.training else (act, Rest(self.config, ctx, e))
         for t in range(n_loops):
             h, expert_ids = self.step(h, e, t, ctx) if rest is None else rest.step(self.step, h, e, t, expert_ids)
             output, p, weight = h, None, None
             if act is not None:
                 seen, open = (h, t + 1 >= self.config.min_loops) if rest is None else (pairs(h, ctx, t), rest.open(t))
                 p, weight, left, total = act(seen, total, open)
-                weighted = weighted + weight.unsqueeze(-1).to(h.dtype) * h
-                output = weighted if left is None else weighted + left.unsqueeze(-1).to(h.dtype) * h
+                weighted = torch.addcmul(weighted, weight.unsqueeze(-1).to(h.dtype), h)
+                output = weighted if left is None else torch.addcmul(weighted, left.unsqueeze(-1).to(h.dtype), h)
                 weight = weight if left is None or t < n_loops - 1 else weight + left
             if observer is not None:
                 observer(LoopRecord(t, h, output, expert_ids, p, weight, rest.first if rest else 0))
