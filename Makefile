@@ -1,10 +1,10 @@
-# make tutorial | test | bench | lab | publish | lint | clean.  Every target first makes the environment in .venv.
+# make tutorial | test | test-browser | test-colab | bench | lab | site | publish | lint | clean.  Every target first makes the environment in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 WORKERS ?= 1
 
-.PHONY: tutorial test bench lab publish lint clean
+.PHONY: tutorial test test-browser test-colab bench lab site publish lint clean
 
 .venv/installed: requirements.txt constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -17,13 +17,22 @@ tutorial: .venv/installed
 	MYTHOS_FIGURES=$(CURDIR)/build/figures $(BIN)/python -m mythos_core.batch $(NOTEBOOKS) --workers $(WORKERS) --out build/tutorial
 
 test: .venv/installed
-	$(BIN)/python -m pytest tests notebooks --ignore tests/bench --nbval-lax --nbval-current-env --nbval-cell-timeout=300
+	$(BIN)/python -m pytest tests notebooks --ignore tests/bench --ignore tests/browser --ignore tests/test_colab.py --nbval-lax --nbval-current-env --nbval-cell-timeout=300
+
+test-browser: site
+	$(BIN)/python -m pytest tests/browser
+
+test-colab: .venv/installed
+	$(BIN)/python -m pytest tests/test_colab.py
 
 bench: .venv/installed
 	$(BIN)/python -m pytest tests/bench
 
 lab: .venv/installed
 	$(BIN)/python -m jupyter lab notebooks
+
+site: .venv/installed
+	$(BIN)/python notebooks/site/build.py build/site
 
 publish: .venv/installed
 	rm -rf build/publish
