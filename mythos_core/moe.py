@@ -8,7 +8,7 @@ from torch import Tensor
 from mythos_core.config import MythosConfig
 from mythos_core.layers import SwiGLU
 
-DENSE_UP_TO = 4  # experts per active expert up to which computing all of them beats sorting tokens
+SORTING = 2_000_000  # products spent on experts that were not chosen, up to which computing all of them beats sorting the tokens
 
 
 def _count(ids: Tensor, n_experts: int) -> Int[Tensor, "experts"]:
@@ -53,7 +53,8 @@ class MoE(nn.Module):
             self.load += _count(ids, c.n_experts)
         if self.training and c.balance_loss:
             self._imbalances.append(c.n_experts * (_count(ids, c.n_experts) / ids.numel() * logits.softmax(-1).mean(0)).sum())
-        grouped = c.n_experts > DENSE_UP_TO * c.n_experts_per_tok and x.dtype != torch.float64 and x.device.type in ("cpu", "cuda")
+        idle = (c.n_experts - c.n_experts_per_tok) * c.expert_dim                           # channels; few cost less than copies of a token do
+        grouped = len(tokens) * c.dim * idle > SORTING and idle > 40 * c.n_experts_per_tok and x.dtype != torch.float64 and x.device.type in ("cpu", "cuda")
         out = self._grouped(tokens, ids, gates) if grouped else self._dense(tokens, ids, gates)
         for expert in self.shared:
             out = out + expert(tokens)
@@ -61,10 +62,9 @@ class MoE(nn.Module):
 
     def _dense(self, x, ids, gates):
         """Every expert on every token, the gates of those not chosen being 0: two large products."""
-        weight = gates.new_zeros(len(x), self.config.n_experts).scatter(-1, ids, gates)
         gate, up = F.linear(x, self.gate_up.flatten(0, 2)).chunk(2, -1)                     # (N, E * expert_dim)
-        hidden = (F.silu(gate) * up).unflatten(-1, (self.config.n_experts, -1)) * weight.unsqueeze(-1)
-        return hidden.flatten(1) @ self.down.flatten(0, 1)
+        weight = gates.new_zeros(len(x), self.config.n_experts).scatter(-1, ids, gates).unsqueeze(-1)  # (N, E, 1)
+        return ((F.silu(gate) * up).unflatten(-1, (self.config.n_experts, -1)) * weight).flatten(1) @ self.down.flatten(0, 1)
 
     def _grouped(self, x, ids, gates):
         """Token copies sorted by expert, then one grouped product a matrix: only the chosen experts are computed."""
