@@ -36,6 +36,7 @@ site: .venv/installed
 
 publish: .venv/installed
 	rm -rf build/publish
+	MYTHOS_FIGURES=$(CURDIR)/figures $(BIN)/python figures/architecture.py
 	MYTHOS_FIGURES=$(CURDIR)/figures $(BIN)/python -m mythos_core.batch $(NOTEBOOKS) --workers $(WORKERS) --out build/publish --publish
 
 lint: .venv/installed

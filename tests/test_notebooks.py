@@ -32,8 +32,12 @@ def prose(notebook):
     return "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
 
 
+def names_saved(source):
+    return re.findall(r'figures\.save\(\s*\w+,\s*"(\w+)"', source)
+
+
 def saved_figures(notebook):
-    return re.findall(r'figures\.save\(\s*\w+,\s*"(\w+)"', "\n".join(c.source for c in code(notebook)))
+    return names_saved("\n".join(c.source for c in code(notebook)))
 
 
 def test_the_sequence_is_whole():
@@ -87,10 +91,11 @@ def test_every_figure_has_its_numbers_and_is_shown(notebook):
     assert sum("image/png" in o.get("data", {}) for c in code(notebook) for o in c.outputs) >= len(names)
 
 
-def test_every_committed_figure_is_made_by_a_notebook():
+def test_every_committed_figure_is_made_by_a_notebook_or_the_script_beside_it():
     made = [name for n in NAMES for name in saved_figures(nbformat.read(ROOT / "notebooks" / f"{n}.ipynb", 4))]
+    made += [name for script in (ROOT / "figures").glob("*.py") for name in names_saved(script.read_text())]
     assert len(made) == len(set(made))
-    assert {path.stem for path in (ROOT / "figures").iterdir()} == set(made)
+    assert {path.stem for path in (ROOT / "figures").iterdir() if path.is_file()} == set(made)
     assert "overview" in made
 
 
