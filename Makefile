@@ -1,10 +1,11 @@
-# make tutorial | test | test-browser | test-colab | bench | lab | site | publish | lint | clean.  Every target first makes the environment in .venv.
+# make tutorial | test | test-notebooks | test-browser | test-colab | bench | lab | site | publish | lint | clean.  Every target first makes the environment in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 WORKERS ?= 1
+NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=300
 
-.PHONY: tutorial test test-browser test-colab bench lab site publish lint clean
+.PHONY: tutorial test test-notebooks test-browser test-colab bench lab site publish lint clean
 
 .venv/installed: requirements.txt constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -17,7 +18,10 @@ tutorial: .venv/installed
 	MYTHOS_FIGURES=$(CURDIR)/build/figures $(BIN)/python -m mythos_core.batch $(NOTEBOOKS) --workers $(WORKERS) --out build/tutorial
 
 test: .venv/installed
-	$(BIN)/python -m pytest tests notebooks --ignore tests/bench --ignore tests/browser --ignore tests/test_colab.py --nbval-lax --nbval-current-env --nbval-cell-timeout=300
+	$(BIN)/python -m pytest tests notebooks --ignore tests/bench --ignore tests/browser --ignore tests/test_colab.py $(NBVAL) -m "not training"
+
+test-notebooks: .venv/installed
+	$(BIN)/python -m pytest tests/test_notebooks.py notebooks $(NBVAL)
 
 test-browser: site
 	$(BIN)/python -m pytest tests/browser
@@ -36,6 +40,7 @@ site: .venv/installed
 
 publish: .venv/installed
 	rm -rf build/publish
+	MYTHOS_FIGURES=$(CURDIR)/figures $(BIN)/python figures/architecture.py
 	MYTHOS_FIGURES=$(CURDIR)/figures $(BIN)/python -m mythos_core.batch $(NOTEBOOKS) --workers $(WORKERS) --out build/publish --publish
 
 lint: .venv/installed

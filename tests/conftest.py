@@ -4,6 +4,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+from gate import pytest_collection_modifyitems  # noqa: F401
 from jaxtyping import install_import_hook
 
 install_import_hook("mythos_core", "beartype.beartype")

@@ -1,10 +1,18 @@
 import json
+import re
+import runpy
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pytest
 import torch
+from matplotlib.testing.compare import compare_images
 
-from mythos_core import figures
+from mythos_core import OpenMythos, figures
+from mythos_core.config import parity_config
+
+COMMITTED = Path(__file__).parent.parent / "figures"
 
 
 def test_a_figure_is_saved_with_its_numbers(tmp_path, monkeypatch):
@@ -33,3 +41,33 @@ def test_default_folder_is_the_projects_build(monkeypatch, tmp_path):
     (tmp_path / "notebooks").mkdir()
     monkeypatch.chdir(tmp_path / "notebooks")
     assert figures.folder() == tmp_path / "build" / "figures"
+
+
+@pytest.fixture
+def architecture():
+    with plt.rc_context():
+        yield runpy.run_path(str(COMMITTED / "architecture.py"))
+    plt.close("all")
+
+
+def test_the_committed_diagram_is_the_one_that_the_script_draws(architecture, tmp_path, monkeypatch):
+    monkeypatch.setenv("MYTHOS_FIGURES", str(tmp_path))
+    architecture["main"]()
+    assert (tmp_path / "architecture.json").read_text() == (COMMITTED / "architecture.json").read_text()
+    assert compare_images(str(COMMITTED / "architecture.png"), str(tmp_path / "architecture.png"), tol=2, in_decorator=True) is None
+    drawn, committed = (re.findall(r"<(path|use) ", (folder / "architecture.svg").read_text()) for folder in (tmp_path, COMMITTED))
+    assert drawn == committed
+
+
+def test_the_diagram_follows_the_model(architecture):
+    def drawn(model):
+        ax = plt.figure().add_subplot()
+        architecture["draw"](ax, model)
+        return {text.get_text() for text in ax.texts}, sum(patch.get_linestyle() not in ("-", "solid") for patch in ax.patches)
+
+    shipped, off = drawn(OpenMythos.from_pretrained("parity-extrapolating"))
+    other, other_off = drawn(OpenMythos(parity_config(prelude_layers=2, n_experts=3, carry=False, halting="none")))
+    assert {"1 block, run once", "4 tokens, 64 channels", "a token passes 2 of 4 experts, and 1 shared"} <= shipped
+    assert {"2 blocks, run once", "64 tokens, 64 channels", "a token passes 2 of 3 experts, and 1 shared"} <= other
+    assert off == 4             # loop embedding, MLA, LoRA, halting
+    assert other_off == 5       # token shift, MLA, A h, B e, halting

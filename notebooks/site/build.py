@@ -44,10 +44,10 @@ def markdown2html(source):
 
 
 def name_pictures(notebook):
-    """Give every picture the alternative text of the figure that is saved next, and the last one before the saving its file."""
+    """Give every picture without words the alternative text of the figure that is saved next, and the last one before the saving its file."""
     pictures = []
     for cell in notebook.cells:
-        pictures += [output for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
+        pictures += [output for output in cell.get("outputs", []) if "image/png" in output.get("data", {}) and "image/png" not in output.metadata]
         if pictures and (saved := re.search(r'figures\.save\(\s*\w+,\s*"(\w+)"', cell.source)):
             for picture in pictures:
                 picture.metadata["image/png"] = {"alt": json.loads((ROOT / "figures" / f"{saved[1]}.json").read_text())["alt"]}

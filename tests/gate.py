@@ -1,0 +1,115 @@
+"""What holds a notebook to its own run, beside nbval's cells: its exercises are solved in its kernel, its figures compared with the committed ones.
+
+A pytest plugin. nbval makes an item of each code cell; behind the last one of a notebook come an item for each exercise, and one for its figures.
+"""
+import json
+import os
+import re
+import tempfile
+from collections import defaultdict
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from matplotlib.testing.compare import compare_images
+from nbformat.v4 import new_code_cell
+from nbval.plugin import IPyNbCell, IPyNbFile
+
+TOLERANCE = 0.02                                                 # of a number, or of the mean size of a list's numbers
+PICTURE = 8                                                      # root mean square over pixels, of 255
+
+
+class Exercise(NamedTuple):
+    """One of a notebook's exercises: what it asks, the test, and the folded solution."""
+
+    task: str
+    test: str
+    solution: str
+
+    @property
+    def source(self) -> str:
+        """The two put together: a test that is a function is called by the solution, any other runs after it."""
+        return f"{self.test}\n{self.solution}" if self.test.startswith("def test_") else f"{self.solution}\n{self.test}"
+
+    @property
+    def trains(self) -> bool:
+        return "training" in self.task
+
+
+def exercises(notebook) -> list[Exercise]:
+    """Those that are whole: a task, a block of code that tests, a block of code that solves."""
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown").partition("## Exercises")[2]
+    found = re.findall(r"^(\*\*\d.*?)```python\n(.*?)```\s*<details><summary>Solution</summary>\s*```python\n(.*?)```.*?</details>", text, re.S | re.M)
+    return [Exercise(*(part.strip() for part in parts)) for parts in found]
+
+
+def names_saved(source: str) -> list[str]:
+    """Figures that some code saves."""
+    return re.findall(r'figures\.save\(\s*\w+,\s*"(\w+)"', source)
+
+
+def differences(committed, fresh, where="") -> list[str]:
+    """Places where two figures' JSON differ. Numbers are compared as numbers; names that end in `seconds` are times, which no two runs share."""
+    if where.endswith("seconds"):
+        return []
+    if isinstance(committed, dict) and isinstance(fresh, dict) and committed.keys() == fresh.keys():
+        return [line for key in committed for line in differences(committed[key], fresh[key], f"{where}/{key}")]
+    if isinstance(committed, list) and isinstance(fresh, list) and len(committed) == len(fresh):
+        if not all(isinstance(value, (int, float)) for value in [*committed, *fresh]):
+            return [line for i, pair in enumerate(zip(committed, fresh)) for line in differences(*pair, f"{where}/{i}")]
+        off, size = (np.abs(x).sum() for x in (np.subtract(committed, fresh, dtype=float), committed))
+        return [] if off <= TOLERANCE * size else [f"{where}: off by {off / len(committed):.3g} in the mean"]
+    if isinstance(committed, float) and isinstance(fresh, (int, float)) and abs(committed - fresh) <= TOLERANCE * abs(committed):
+        return []
+    return [] if committed == fresh and type(committed) is type(fresh) else [f"{where}: {str(committed)[:60]} committed, {str(fresh)[:60]} in a fresh run"]
+
+
+def stale(name: str, committed: Path, fresh: Path) -> list[str]:
+    """What of a committed figure a fresh run does not bear out: its numbers, its picture."""
+    if not (fresh / f"{name}.json").exists():
+        return [f"{name}: not made"]
+    lines = differences(*(json.loads((folder / f"{name}.json").read_text()) for folder in (committed, fresh)), name)
+    picture = compare_images(str(committed / f"{name}.png"), str(fresh / f"{name}.png"), tol=PICTURE)
+    return lines + ([f"{name}.png: {picture}"] if picture else [])
+
+
+def figures_of(notebook) -> list[str]:
+    return names_saved("\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code"))
+
+
+class FiguresAsCommitted(pytest.Item):
+    """The figures that a notebook made in this session, against those in the folder `figures` beside the notebooks' own."""
+
+    def runtest(self):
+        committed = self.path.parent.parent / "figures"
+        lines = [line for name in figures_of(self.parent.nb) for line in stale(name, committed, Path(os.environ["MYTHOS_FIGURES"]))]
+        assert not lines, "\n".join(lines)
+
+    def repr_failure(self, excinfo):
+        return str(excinfo.value)
+
+    def reportinfo(self):
+        return self.path, None, f"{self.path.name}: figures as committed"
+
+
+def behind(file: IPyNbFile, cells: list):
+    """What comes after a notebook's cells, in the same kernel."""
+    for number, exercise in enumerate(exercises(file.nb), 1):
+        cell, options = new_code_cell(exercise.source), defaultdict(bool)
+        item = IPyNbCell.from_parent(file, name=f"exercise {number}", cell_num=cells[-1].cell_num + number, cell=cell, options=options)
+        if exercise.trains:
+            item.add_marker("training")
+        yield item
+    yield FiguresAsCommitted.from_parent(file, name="figures as committed")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    parents = [(file, list(group)) for file, group in groupby(items, key=lambda item: item.parent)]
+    if any(isinstance(file, IPyNbFile) for file, _ in parents):
+        folder = tempfile.TemporaryDirectory(prefix="figures-")
+        config.add_cleanup(folder.cleanup)
+        os.environ["MYTHOS_FIGURES"] = folder.name
+    items[:] = [item for file, group in parents for item in [*group, *(behind(file, group) if isinstance(file, IPyNbFile) else ())]]

@@ -1,0 +1,182 @@
+"""The gate has teeth: each check of test_notebooks.py and of gate.py is shown a fault in a copy, and has to find it."""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from copy import deepcopy
+
+import matplotlib.pyplot as plt
+import nbformat
+import pytest
+import test_notebooks as checks
+from gate import differences, stale
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from test_notebooks import NAMES, ROOT, code, load
+
+
+def first(notebook, tag):
+    return code(notebook, tag)[0]
+
+
+def swap_counts(notebook):
+    a, b = code(notebook)[2:4]
+    a.execution_count, b.execution_count = b.execution_count, a.execution_count
+
+
+def replace_in_prose(old, new):
+    def plant(notebook):
+        cell = next(c for c in notebook.cells if c.cell_type == "markdown" and old in c.source)
+        cell.source = cell.source.replace(old, new)
+    return plant
+
+
+def rename_a_figure(notebook):
+    cell = next(c for c in code(notebook) if "figures.save(" in c.source)
+    cell.source = re.sub(r'(figures\.save\(\w+, )"\w+"', r'\1"of_no_file"', cell.source)
+
+
+def clear_pictures(notebook):
+    for cell in code(notebook):
+        cell.outputs = [o for o in cell.outputs if "image/png" not in o.get("data", {})]
+
+
+RUN, FORM, CLAIMS, FIGURES, EXERCISES = (
+    checks.test_every_code_cell_was_run_in_order_without_error, checks.test_form, checks.test_claims_are_asserted_and_passed,
+    checks.test_every_figure_has_its_numbers_and_is_shown, checks.test_exercises_have_minutes_difficulty_a_test_and_a_folded_solution)
+FAULTS = {
+    "a cell was not executed": (RUN, lambda n: code(n)[3].update(execution_count=None, outputs=[])),
+    "two cells ran in another order": (RUN, swap_counts),
+    "a cell was executed twice": (RUN, lambda n: code(n)[-1].update(execution_count=99)),
+    "an empty cell": (RUN, lambda n: n.cells.append(new_code_cell(" ", execution_count=len(code(n)) + 1))),
+    "an error among the outputs": (RUN, lambda n: code(n)[3].outputs.append(new_output("error", ename="ValueError", evalue="", traceback=[]))),
+    "a warning among the outputs": (RUN, lambda n: code(n)[3].outputs.append(new_output("stream", name="stderr", text="UserWarning"))),
+    "no parameters cell": (FORM, lambda n: n.cells.remove(first(n, "parameters"))),
+    "two parameters cells": (FORM, lambda n: n.cells.append(first(n, "parameters"))),
+    "no word of what would falsify it": (FORM, replace_in_prose("What would falsify this", "Outlook")),
+    "a computed parameter": (checks.test_parameters_are_literals, lambda n: first(n, "parameters").update(source="loops = list(range(4))")),
+    "no claims": (CLAIMS, lambda n: [c.metadata.update(tags=[]) for c in code(n, "claims")]),
+    "a claim without an assert": (CLAIMS, lambda n: first(n, "claims").update(source='print("PASS  all is well")')),
+    "an assert on nothing measured": (CLAIMS, lambda n: first(n, "claims").update(source='assert 1 < 2\nprint("PASS")')),
+    "a claim that did not hold": (CLAIMS, lambda n: first(n, "claims").update(outputs=[new_output("stream", text="FAIL  all is lost\n")])),
+    "a claim that said nothing": (CLAIMS, lambda n: first(n, "claims").update(outputs=[])),
+    "a claim that nbval does not compare": (CLAIMS, lambda n: first(n, "claims").metadata.update(tags=["claims"])),
+    "a claim outside of the claims": (CLAIMS, lambda n: code(n)[3].outputs.append(new_output("stream", text="PASS  by the way\n"))),
+    "a figure without files": (FIGURES, rename_a_figure),
+    "figures that are not shown": (FIGURES, clear_pictures),
+    "a path of somebody's machine": (checks.test_no_machine_in_the_outputs, lambda n: code(n)[3].outputs.append(new_output("stream", text="/home/me/x"))),
+    "an exercise without minutes": (EXERCISES, replace_in_prose("About 10 minutes", "Soon done")),
+    "an exercise without a test": (EXERCISES, replace_in_prose("        assert mla_parameters", "        mla_parameters")),
+    "a test that nobody calls": (EXERCISES, replace_in_prose("\ntest_mla_parameters(mla_parameters)\n", "\n")),
+    "a solution that is not folded": (EXERCISES, replace_in_prose("<details><summary>Solution</summary>", "Solution")),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found(fault):
+    check, plant = FAULTS[fault]
+    sound = load(NAMES[0])
+    planted = deepcopy(sound)
+    check(sound)
+    plant(planted)
+    with pytest.raises((AssertionError, ValueError, FileNotFoundError)):
+        check(planted)
+
+
+def no_json(folder):
+    (folder / "variants.json").unlink()
+
+
+def no_picture(folder):
+    (folder / "variants.png").unlink()
+
+
+def of_no_notebook(folder):
+    (folder / "old.png").write_bytes(b"")
+
+
+@pytest.mark.parametrize(("check", "plant"), [(lambda: FIGURES(load(NAMES[0])), no_json), (lambda: FIGURES(load(NAMES[0])), no_picture),
+                                              (checks.test_every_committed_figure_is_made_by_a_notebook_or_the_script_beside_it, of_no_notebook)])
+def test_a_figure_that_lacks_something_is_found(check, plant, tmp_path, monkeypatch):
+    for folder in ("notebooks", "figures"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    monkeypatch.setattr(checks, "ROOT", tmp_path)
+    check()
+    plant(tmp_path / "figures")
+    with pytest.raises((AssertionError, FileNotFoundError)):
+        check()
+
+
+A = {"alt": "bars", "loops": 7, "accuracy": 0.5, "curve": [0.1, 0.2, 0.9], "by name": {"a": [[1, 2], [3, 4]]}, "label": ["x", None], "train_seconds": [40.0]}
+
+
+@pytest.mark.parametrize(("change", "same"), [
+    ({}, True), ({"accuracy": 0.505}, True), ({"curve": [0.1, 0.201, 0.9]}, True), ({"train_seconds": [99.0]}, True), ({"accuracy": 0.52}, False),
+    ({"loops": 8}, False), ({"loops": 7.0}, False), ({"curve": [0.1, 0.2, 0.8]}, False), ({"curve": [0.1, 0.2]}, False), ({"curve": [0.9, 0.2, 0.1]}, False),
+    ({"curve": [0.1, 0.2, float("nan")]}, False), ({"by name": {"a": [[1, 2], [3, 5]]}}, False), ({"by name": {"b": [[1, 2], [3, 4]]}}, False),
+    ({"label": ["y", None]}, False), ({"alt": "lines"}, False), ({"more": 1}, False)])
+def test_numbers_of_two_runs_are_compared_as_numbers(change, same):
+    assert (differences(A, {**A, **change}) == []) is same
+
+
+def test_a_stale_picture_is_found(tmp_path):
+    def draw(folder, colour="black", points=(1, 2, 3)):
+        (tmp_path / folder).mkdir()
+        fig, ax = plt.subplots()
+        ax.plot(points, color=colour)
+        fig.savefig(tmp_path / folder / "x.png")
+        (tmp_path / folder / "x.json").write_text(json.dumps({"alt": "", "points": [1, 2, 3]}))
+        plt.close(fig)
+        return tmp_path / folder
+    committed = draw("committed")
+    assert stale("x", committed, draw("again")) == []
+    assert "x.png" in stale("x", committed, draw("another curve", points=(3, 1, 2)))[0]
+    assert "x.png" in stale("x", committed, draw("wider", points=range(9)))[0]
+    assert stale("y", committed, committed) == ["y: not made"]
+
+
+SAVE = """import json, os
+import matplotlib.pyplot as plt
+class figures:
+    def save(fig, name, points):
+        fig.savefig(f"{os.environ['MYTHOS_FIGURES']}/{name}.png")
+        json.dump({"points": points}, open(f"{os.environ['MYTHOS_FIGURES']}/{name}.json", "w"))"""
+EXERCISE = """**{n}** (easy, 5 minutes). {task}
+
+```python
+assert {name}(2) == 4
+```
+
+<details><summary>Solution</summary>
+
+```python
+def {name}(x):
+    return {answer}
+```
+</details>
+"""
+
+
+def test_a_run_that_differs_from_what_was_committed_fails_the_gate(tmp_path):
+    """nbval, the exercises and the figures over a notebook of which some is as it was, some not."""
+    draw = "fig = plt.figure()\nfig.add_subplot().plot([1, 2, {}])\nfigures.save(fig, \"{}\", [1, 2, {}])\nplt.close(fig)"
+    claims = [new_code_cell(f'assert offset < 9\nprint("PASS ", {n} + offset)', metadata={"tags": ["claims", "nbval-check-output"]}, execution_count=1,
+                            outputs=[new_output("stream", name="stdout", text=f"PASS  {n}\n")]) for n in (1, 2)]
+    tasks = ["## Exercises", EXERCISE.format(n=1, task="Double.", name="double", answer="2 * x"), EXERCISE.format(n=2, task="Add.", name="add", answer="x + 1"),
+             EXERCISE.format(n=3, task="About a minute is training.", name="train", answer="x + 2")]
+    cells = [SAVE, "offset = 0", draw.format(3, "as_it_was", 3), draw.format(9, "changed", 9), claims[0], "offset = 1", claims[1]]
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "figures").mkdir()
+    cells = [cell if isinstance(cell, dict) else new_code_cell(cell, execution_count=1) for cell in cells]
+    nbformat.write(new_notebook(cells=[*cells, new_markdown_cell("\n\n".join(tasks))]), tmp_path / "notebooks" / "x.ipynb")
+    committed = subprocess.run([sys.executable, "-c", "\n".join([SAVE, draw.format(3, "as_it_was", 3), draw.format(3, "changed", 3)])],
+                               env={**os.environ, "MYTHOS_FIGURES": str(tmp_path / "figures"), "MPLBACKEND": "agg"}, check=False)
+    assert committed.returncode == 0
+    said = subprocess.run([sys.executable, "-m", "pytest", "notebooks", "-rA", "--nbval-lax", "--nbval-current-env", "-p", "gate", "-p", "no:cacheprovider",
+                           "-m", "not training"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT / "tests")}, capture_output=True, text=True).stdout
+    outcomes = dict(reversed(line.split(" - ")[0].split(" ", 1)) for line in re.findall(r"^((?:PASSED|FAILED) .*)$", said, re.M))
+    outcomes = {name.partition("::")[2]: outcome for name, outcome in outcomes.items()}
+    assert outcomes == {**{f"Cell {n}": "PASSED" for n in range(6)}, "Cell 6": "FAILED", "exercise 1": "PASSED", "exercise 2": "FAILED",
+                        "figures as committed": "FAILED"}, said
+    assert "changed/points: off by" in said and "changed.png" in said and "as_it_was" not in said and "1 deselected" in said
