@@ -17,7 +17,7 @@ tutorial: .venv/installed
 	MYTHOS_FIGURES=$(CURDIR)/build/figures $(BIN)/python -m mythos_core.batch $(NOTEBOOKS) --workers $(WORKERS) --out build/tutorial
 
 test: .venv/installed
-	$(BIN)/python -m pytest tests notebooks --ignore tests/bench --ignore tests/browser --ignore tests/test_colab.py --nbval-lax --nbval-current-env --nbval-cell-timeout=300
+	$(BIN)/python -m pytest tests notebooks --ignore tests/browser --ignore tests/test_colab.py --nbval-lax --nbval-current-env --nbval-cell-timeout=300
 
 test-browser: site
 	$(BIN)/python -m pytest tests/browser
@@ -26,7 +26,7 @@ test-colab: .venv/installed
 	$(BIN)/python -m pytest tests/test_colab.py
 
 bench: .venv/installed
-	$(BIN)/python -m pytest tests/bench
+	MYTHOS_FIGURES=$(CURDIR)/figures $(BIN)/python -m pytest tests/bench
 
 lab: .venv/installed
 	$(BIN)/python -m jupyter lab notebooks
