@@ -18,7 +18,7 @@ tutorial: .venv/installed
 	MYTHOS_FIGURES=$(CURDIR)/build/figures $(BIN)/python -m mythos_core.batch $(NOTEBOOKS) --workers $(WORKERS) --out build/tutorial
 
 test: .venv/installed
-	$(BIN)/python -m pytest tests notebooks --ignore tests/bench --ignore tests/browser --ignore tests/test_colab.py $(NBVAL) -m "not training"
+	$(BIN)/python -m pytest tests notebooks --ignore tests/browser --ignore tests/test_colab.py $(NBVAL) -m "not training and not figures"
 
 test-notebooks: .venv/installed
 	$(BIN)/python -m pytest tests/test_notebooks.py notebooks $(NBVAL)
@@ -30,7 +30,7 @@ test-colab: .venv/installed
 	$(BIN)/python -m pytest tests/test_colab.py
 
 bench: .venv/installed
-	$(BIN)/python -m pytest tests/bench
+	MYTHOS_FIGURES=$(CURDIR)/figures $(BIN)/python -m pytest tests/bench
 
 lab: .venv/installed
 	$(BIN)/python -m jupyter lab notebooks

@@ -1,7 +1,4 @@
-"""Shapes named in signatures are checked at run time in every test; the peer package is loaded by its file."""
-import importlib.util
-from dataclasses import fields
-
+"""Shapes named in signatures are checked at run time in every test."""
 import pytest
 import torch
 from gate import pytest_collection_modifyitems  # noqa: F401
@@ -9,8 +6,12 @@ from jaxtyping import install_import_hook
 
 install_import_hook("mythos_core", "beartype.beartype")
 
+import peer  # noqa: E402
+
 from mythos_core import MythosConfig, OpenMythos  # noqa: E402
 from mythos_core.config import tutorial_config  # noqa: E402
+
+collect_ignore = ["bench"]      # timed without those checks: it has its own pytest.ini, below which this file is not read
 
 
 @pytest.fixture(autouse=True)
@@ -20,24 +21,12 @@ def seeded():
 
 @pytest.fixture(scope="session")
 def reference():
-    """main.py of open-mythos 0.5.0, without importing the package and what it pulls in."""
-    package = importlib.util.find_spec("open_mythos")
-    spec = importlib.util.spec_from_file_location("open_mythos_main", package.submodule_search_locations[0] + "/main.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return peer.load()
 
 
 @pytest.fixture(scope="session")
-def reference_model(reference):
-    """A reference model with our config's hyper-parameters; its weights at `std`, so that logits are not all alike."""
-    def make(config: MythosConfig, std: float = 0.02):
-        model = reference.OpenMythos(reference.MythosConfig(**{f.name: getattr(config, f.name) for f in fields(reference.MythosConfig)}))
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                torch.nn.init.normal_(parameter, std=std)
-        return model
-    return make
+def reference_model():
+    return peer.model
 
 
 def tiny(attn_type: str = "gqa", **changes) -> MythosConfig:

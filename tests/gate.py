@@ -102,7 +102,9 @@ def behind(file: IPyNbFile, cells: list):
         if exercise.trains:
             item.add_marker("training")
         yield item
-    yield FiguresAsCommitted.from_parent(file, name="figures as committed")
+    figures = FiguresAsCommitted.from_parent(file, name="figures as committed")
+    figures.add_marker("figures")
+    yield figures
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -97,7 +97,7 @@ def of_no_notebook(folder):
 
 
 @pytest.mark.parametrize(("check", "plant"), [(lambda: FIGURES(load(NAMES[0])), no_json), (lambda: FIGURES(load(NAMES[0])), no_picture),
-                                              (checks.test_every_committed_figure_is_made_by_a_notebook_or_the_script_beside_it, of_no_notebook)])
+                                              (checks.test_every_committed_figure_is_made_by_a_notebook_the_script_beside_it_or_the_bench, of_no_notebook)])
 def test_a_figure_that_lacks_something_is_found(check, plant, tmp_path, monkeypatch):
     for folder in ("notebooks", "figures"):
         shutil.copytree(ROOT / folder, tmp_path / folder)

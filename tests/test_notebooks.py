@@ -20,6 +20,7 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 NAMES = ["01_model_sizes", "02_kv_cache", "03_spectral_stability", "04_training", "05_depth_extrapolation", "06_act_halting",
          "07_moe_utilization", "08_generation"]
+BENCH = {"bench", "bench_scaling"}      # by `make bench`: test_readme.py has them
 REPOSITORY = re.search(r'Repository = "(.*?)"', (ROOT / "pyproject.toml").read_text()).group(1)
 
 
@@ -114,11 +115,11 @@ def test_every_figure_has_its_numbers_and_is_shown(notebook):
     assert sum("image/png" in o.get("data", {}) for c in code(notebook) for o in c.outputs) >= len(names)
 
 
-def test_every_committed_figure_is_made_by_a_notebook_or_the_script_beside_it():
+def test_every_committed_figure_is_made_by_a_notebook_the_script_beside_it_or_the_bench():
     made = [name for n in NAMES for name in figures_of(load(n))]
     made += [name for script in (ROOT / "figures").glob("*.py") for name in names_saved(script.read_text())]
     assert len(made) == len(set(made))
-    assert {path.stem for path in (ROOT / "figures").iterdir() if path.is_file()} == set(made)
+    assert {path.stem for path in (ROOT / "figures").iterdir() if path.is_file()} == set(made) | BENCH
     assert "overview" in made
 
 

@@ -78,6 +78,38 @@ def test_the_readme_says_what_the_figures_say(claim):
     assert CLAIMS[claim]() in README
 
 
+def amount(value, unit):
+    return "" if value is None else f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+
+
+def bench_line(row):
+    """A row of figures/bench.json as a line of the README's table."""
+    reference, ours, floor = (amount(row[key], row["unit"]) for key in ("reference", "ours", "floor"))
+    spread = "" if row["low"] == row["high"] else f" ({row['low']:.2f} to {row['high']:.2f})"
+    ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}{spread}"
+    bar = "" if row["bar"] is None else amount(row["bar"], row["unit"]) if row["ratio"] is None else f"{row['bar']:.2g}"
+    work = row["work"] + (f"; first calls {row['warm_up']:.0f} s" if row["warm_up"] else "")
+    where = row["threads"] if row["device"] == "cpu" else row["device"]
+    share = percent(row["floor"] / row["ours"]) if row["floor"] else ""
+    return f"| {work} | {where} | {reference} | {ours} | {ratio} | {bar}{'' if row['reached'] else ', not reached'} | {floor} | {share} |"
+
+
+def bench_table():
+    """What the README quotes of figures/bench.json."""
+    bench = figure("bench")
+    machine = bench["machine"]
+    rates = ", ".join(f"{rate:.0f} GFLOP/s on {threads}" for threads, rate in machine["GFLOP_per_second"].items())
+    head = ["| work | threads | open-mythos | ours | ratio | bar | limit | share of it |", "|---|---|---|---|---|---|---|---|"]
+    where = f"By `{machine['command']}` on {machine['cpu']}, {machine['threads']} threads ({rates}), torch {machine['torch']}:"
+    return "\n".join([where, "", *head, *map(bench_line, bench["rows"])])
+
+
+def test_the_readme_quotes_the_bench():
+    table = bench_table()
+    if table not in README:
+        pytest.fail(f"after `make bench` paste this into the README's section How fast, in place of the table there:\n\n{table}\n", pytrace=False)
+
+
 def test_bounds_in_prose_hold():
     assert max(figure("loops_article")["token_accuracy"]) < 0.60
     assert figure("depth_extrapolation")["whole_at_last_loop"]["1024"] == 1.0

@@ -1,0 +1,140 @@
+"""The work that is timed. Each function gives a `Pair`: the same work by open-mythos 0.5.0 and by us, with the same weights."""
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import machine
+import peer
+import torch
+import torch.nn.functional as F
+
+from mythos_core import KVCache, from_open_mythos
+from mythos_core.config import parity_config, tutorial_config
+from mythos_core.parity import make_batch
+
+FLOAT = 4           # bytes
+NEVER = -4.0        # a bias of the halting unit at which no position halts within 16 loops; far lower ones make gradients so small that they are slow
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two callables that do the same and return tensors to compare, and the bytes that any implementation has to move for it."""
+
+    theirs: Callable
+    ours: Callable
+    moved: int
+
+
+def training_step(device, loops=3, halt_bias=0.0, compiled=False) -> Pair:
+    """The article's: 64 strings of 24 bits, AdamW, gradients clipped at norm 1. Ours has the fused AdamW, as in `training.train`; returns the loss."""
+    theirs, ours = models(parity_config(), device, halt_bias)
+    batch = make_batch(64, 24, device=device)
+    steps = stepper(theirs, *batch, loops), stepper(torch.compile(ours) if compiled else ours, *batch, loops, fused=True)
+    return finished(*steps, 8 * weights(ours), device)      # weights and AdamW's two moments are read and written, gradients written and read
+
+
+def forward(device, batch=64, length=24, loops=3, halt_bias=0.0, window=None) -> Pair:
+    """Logits without gradient. A `window` is ours alone: the reference has none, so then the two are not the same."""
+    theirs, ours = models(parity_config(max_seq_len=max(length, 128)), device, halt_bias, window)
+    ids, _ = make_batch(batch, length, device=device)
+    assert loops_run(theirs, ids, loops) == loops_run(ours, ids, loops)
+    return finished(*(torch.no_grad()(lambda model=model: model(ids, loops)) for model in (theirs, ours)), weights(ours), device)
+
+
+def mixture(device, experts, chosen) -> Pair:
+    """MoE forward and backward, 1,024 tokens, dim 256, expert width 128; returns the output and the router's gradient."""
+    theirs, ours = models(tutorial_config("gqa", dim=256, n_experts=experts, n_experts_per_tok=chosen, expert_dim=128), device)
+    x = torch.randn(4, 256, 256, device=device)
+    layers = [model.recurrent.block.ffn for model in (theirs, ours)]
+
+    def pass_of(layer, output):
+        def forward_and_backward():
+            layer.zero_grad()
+            out = output(layer(x))
+            out.sum().backward()
+            return out, layer.router.weight.grad
+        return forward_and_backward
+    return finished(pass_of(layers[0], lambda out: out), pass_of(layers[1], lambda out: out[0]), 2 * weights(layers[1]), device)
+
+
+def decode(device, attn_type, context) -> Pair:
+    """One token behind `context` others: batch 8, 8 loops. The context does not grow from call to call: the reference extends a shallow copy of its
+    dictionary, whose tensors it replaces; ours goes back by the position it wrote."""
+    theirs, ours = models(tutorial_config(attn_type, max_seq_len=4096), device)
+    ids = torch.randint(0, 256, (8, context + 1), device=device)
+    their_cache, cache = {}, KVCache(context + 1)
+    with torch.no_grad():
+        theirs(ids[:, :-1], 8, their_cache, 0)
+        ours(ids[:, :-1], 8, cache)
+
+    @torch.no_grad()
+    def their_token():
+        return theirs(ids[:, -1:], 8, dict(their_cache), context)
+
+    def our_token():
+        cache.length = context
+        return ours(ids[:, -1:], 8, cache)
+    return finished(their_token, our_token, cache.nbytes + weights(ours), device)
+
+
+def cache_bytes(attn_type, context) -> tuple[int, int]:
+    """What the reference's cache and ours hold of 8 strings after 8 loops."""
+    theirs, ours = models(tutorial_config(attn_type, max_seq_len=4096), "cpu")
+    ids, their_cache, cache = torch.randint(0, 256, (8, context)), {}, KVCache()
+    with torch.no_grad():
+        theirs(ids, 8, their_cache, 0)
+        ours(ids, 8, cache)
+    return sum(tensor.nbytes for layer in their_cache.values() for tensor in layer.values()), cache.nbytes
+
+
+def training_peak(whose) -> int:
+    """Peak bytes of two training steps, of "theirs" or "ours": the second has AdamW's moments from the first."""
+    step = getattr(training_step("cpu"), whose)
+    return machine.peak_bytes(lambda: (step(), step()))
+
+
+def models(config, device, halt_bias=0.0, window=None):
+    """The reference and ours with its weights."""
+    torch.manual_seed(0)
+    theirs = peer.model(config)
+    torch.nn.init.constant_(theirs.recurrent.act.halt.bias, halt_bias)
+    return theirs.to(device), from_open_mythos(theirs.state_dict(), replace(config, window=window)).to(device)
+
+
+@torch.no_grad()
+def loops_run(model, ids, loops) -> int:
+    """How many of `loops` the model runs before every position has halted."""
+    ran = []
+    hook = model.recurrent.act.register_forward_hook(lambda *_: ran.append(1))
+    model(ids, loops)
+    hook.remove()
+    return len(ran)
+
+
+def stepper(model, ids, targets, loops, fused=None):
+    """A training step, to be called again and again."""
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-4, fused=fused)
+
+    def step():
+        loss = F.cross_entropy(model(ids, loops).flatten(0, 1), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return loss.detach()
+    return step
+
+
+def weights(module) -> int:
+    """Bytes of a module's parameters."""
+    return FLOAT * sum(parameter.numel() for parameter in module.parameters())
+
+
+def finished(theirs, ours, moved, device) -> Pair:
+    """A `Pair` whose calls return when the device has done the work."""
+    def waiting(work):
+        def call():
+            out = work()
+            torch.cuda.synchronize()
+            return out
+        return call if device == "cuda" else work
+    return Pair(waiting(theirs), waiting(ours), moved)
