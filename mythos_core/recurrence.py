@@ -1,5 +1,4 @@
 """The looped part: h_{t+1} = A * h_t + B * e + block(norm(h_t + loop_embedding(t) + e)), with LoRA, token shift and ACT."""
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -159,8 +158,9 @@ def pairs(h: Float[Tensor, "batch seq dim"], ctx: Context, t: int = 0) -> Float[
 def loop_embedding(t: int, dim: int, like: Tensor) -> Float[Tensor, "dim"]:
     """sin and cos of t * 10000^(-2i / width) on the first width = dim // 8 channels, 0 on the others."""
     width = dim // 8
-    table = [f(t / 10000.0 ** (i / width)) for f in (math.sin, math.cos) for i in range(0, width, 2)][:width]  # so few are quicker as Python's
-    return like.new_tensor(table + [0.0] * (dim - width))
+    angle = t / 10000.0 ** (torch.arange(0, width, 2, device=like.device, dtype=like.dtype) / width)
+    emb = torch.cat([angle.sin(), angle.cos()])[:width]
+    return torch.cat([emb, emb.new_zeros(dim - width)])
 
 
 class Rest:
