@@ -12,7 +12,7 @@ from mythos_core.config import MythosConfig
 from mythos_core.layers import NORM_EPS, rope_table, rotate
 
 BLOCK = 16  # queries of one block of windowed attention: a block reads BLOCK + window - 1 keys
-SHORT = 32  # queries up to which `few` is faster than `scaled_dot_product_attention` on CPU
+SHORT = 32  # queries up to which `few` is taken: on CPU twice as fast as `scaled_dot_product_attention` at 12 to 24, at 32 no longer
 
 
 @dataclass(frozen=True)

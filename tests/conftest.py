@@ -8,9 +8,10 @@ install_import_hook("mythos_core", "beartype.beartype")
 
 import peer  # noqa: E402
 
-from mythos_core import MythosConfig, OpenMythos  # noqa: E402
+from mythos_core import MythosConfig, OpenMythos, moe  # noqa: E402
 from mythos_core.config import tutorial_config  # noqa: E402
 
+moe.SORTING = 0                 # the tests' small models sort their tokens by expert, as large ones do
 collect_ignore = ["bench"]      # timed without those checks: it has its own pytest.ini, below which this file is not read
 
 

@@ -52,6 +52,16 @@ def test_grouped_experts_have_the_gradients_of_dense_ones():
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(*wanted))
 
 
+@pytest.mark.parametrize("n_experts, tokens, way", [(16, 400, "_grouped"), (16, 4, "_dense"), (4, 4000, "_dense")])
+def test_tokens_are_sorted_where_many_experts_would_be_computed_for_nothing(monkeypatch, n_experts, tokens, way):
+    monkeypatch.setattr("mythos_core.moe.SORTING", 100_000)
+    moe, taken = make(n_experts=n_experts, n_experts_per_tok=2), []
+    for name in ("_dense", "_grouped"):
+        monkeypatch.setattr(moe, name, lambda x, ids, gates, name=name: taken.append(name) or x)
+    moe(torch.randn(1, tokens, 32))
+    assert taken == [way]
+
+
 def test_an_idle_expert_is_fine():
     moe = make(n_experts=16, n_experts_per_tok=2, n_shared_experts=0)
     moe.router_bias[3] = -1e9
