@@ -23,8 +23,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mythos_core.config import MythosConfig, parity_config
+from mythos_core.groups import group
 from mythos_core.model import OpenMythos
-from mythos_core.parity import make_batch
 from mythos_core.recurrence import pairs
 
 SAVE_EVERY = 100  # steps between checkpoints
@@ -36,7 +36,7 @@ HEAD = 4          # positions at the start that run alone at first: as far as a 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained on prefix parity: AdamW, one batch of one length and one number of loops a step."""
+    """How a model is trained to track a group's state: AdamW, one batch of one length and one number of loops a step."""
 
     name: str
     config: MythosConfig
@@ -52,12 +52,19 @@ class Recipe:
     curriculum: float = 0.0                 # first fraction of the steps, over which the longest length grows from 3; the shortest is at most that
     loops: tuple[int, int] = (3, 3)         # fewest and most loops, drawn uniformly ...
     spare_loops: int | None = None          # ... but at most the length and this many; None = however many
-    strings: str = "uniform"                # of `parity.make_batch`
+    group: str = "Z2"                       # of `groups.group`; Z2 is prefix parity
+    generators: bool = False                # of `Group.make_batch`, as
+    strings: str = "uniform"
     reach: float | None = None              # score only as far as T loops reach: `reach` times the way the token shift goes in them,
     #                                         1 + g + ... + g^(T - 1) with g = shift_growth; None = all positions. This sets the speed
     #                                         that is learned: what is scored must be answered in time
     halting_loss: str = "ready"             # for halting = "learned": one of `HALTING_LOSSES`
     ponder_cost: float = 0.0                # for halting = "act_remainder": weight of Graves' N + R
+
+    @property
+    def make_batch(self):
+        """`Group.make_batch` of the recipe's group, with its alphabet."""
+        return partial(group(self.group).make_batch, generators=self.generators)
 
 
 RECIPES = {recipe.name: recipe for recipe in (
@@ -186,10 +193,10 @@ def _step_seed(seed: int, step: int) -> int:
 
 def _step(model, optimizer, recipe, step) -> dict:
     """One optimiser step; its loss and token accuracy."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(recipe, step)
+    for parameters in optimizer.param_groups:
+        parameters["lr"] = learning_rate(recipe, step)
     length, n_loops = draw(recipe, step)
-    ids, targets = make_batch(recipe.batch, length, strings=recipe.strings, device=model.embed.weight.device)
+    ids, targets = recipe.make_batch(recipe.batch, length, strings=recipe.strings, device=model.embed.weight.device)
     way = sum(recipe.config.shift_growth ** t for t in range(n_loops))
     scored = min(length, int(recipe.reach * way)) if recipe.reach else length
     if teaches_halting(recipe, step):
@@ -279,20 +286,8 @@ LABELS = {"follows": lambda right: right == F.pad(right, (1, 0), value=True)[...
           "ready": lambda right: ready(right).all(-2, keepdim=True).expand_as(right)}
 
 
-def ponder_net_loss(model: OpenMythos, ids: Tensor, targets: Tensor, n_loops: int):
-    """Logits after all loops, and PonderNet's loss (Banino et al. 2021): sum_n q_n CE(y_n) + 0.01 KL(q || geometric of 0.1), where a
-    position stops at loop n with probability q_n = p_n prod_{m < n} (1 - p_m), and at the last for certain."""
-    ctx, _, states = trajectory(model.train(), ids, n_loops)
-    p = torch.sigmoid(model.recurrent.act.halt(pairs(states[1:].flatten(0, 1), ctx))).view(n_loops, *ids.shape).clamp(1e-6, 1 - 1e-6)
-    going = torch.cat([torch.ones_like(p[:1]), (1 - p[:-1]).cumprod(0)])
-    q = torch.cat([(going * p)[:-1], going[-1:]])
-    prior = torch.tensor([0.1 * 0.9 ** n for n in range(n_loops - 1)] + [0.9 ** (n_loops - 1)]).to(q)[:, None, None]
-    logits = torch.stack([model.decode(h, ctx) for h in states[1:]])
-    answers = F.cross_entropy(logits.movedim(-1, 1), targets.expand(n_loops, *targets.shape), reduction="none")
-    return logits[-1], (q * (answers + 0.01 * (q.clamp(min=1e-12) / prior).log())).sum(0).mean()   # q may underflow to 0
-
-
-HALTING_LOSSES = {"PonderNet": ponder_net_loss, **{name: partial(halting_loss, label=label) for name, label in LABELS.items()}}
+#: What trains a halting head, by name: (model, ids, targets, n_loops) -> logits, loss.
+HALTING_LOSSES = {name: partial(halting_loss, label=label) for name, label in LABELS.items()}
 
 
 def ponder(weight: Float[Tensor, "loops batch seq"]) -> Float[Tensor, ""]:
@@ -323,7 +318,7 @@ def draw(recipe: Recipe, step: int) -> tuple[int, int]:
 def held_out(model: OpenMythos, recipe: Recipe, batch: int = 256) -> float:
     """Whole-string accuracy on fresh uniform strings of the longest trained length, at the most trained loops."""
     generator = torch.Generator().manual_seed(2 ** 32 - 1)   # no training step has this seed
-    ids, targets = make_batch(batch, recipe.lengths[1], generator, model.embed.weight.device)
+    ids, targets = recipe.make_batch(batch, recipe.lengths[1], generator, model.embed.weight.device)
     return (model.eval()(ids, recipe.loops[1]).argmax(-1) == targets).all(1).float().mean().item()
 
 

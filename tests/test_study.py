@@ -1,4 +1,5 @@
 import json
+import math
 import shlex
 import statistics
 from dataclasses import asdict, replace
@@ -16,7 +17,7 @@ from mythos_core.model import PRETRAINED, shipped
 from mythos_core.parity import answers, make_batch, structured
 from mythos_core.probes import depth_sweep, halting_map
 from mythos_core.recurrence import pairs
-from mythos_core.training import Recipe, get_recipe
+from mythos_core.training import Recipe, get_recipe, train, trajectory
 
 
 def defined(notebook):
@@ -72,6 +73,28 @@ def test_whole_strings_counts_strings_that_are_right_everywhere():
             return super().forward(ids, *args, **kwargs)
 
     assert study.whole_strings(Oracle(get_recipe("parity-extrapolating").config), 20, 5, strings=4) == 3 / 4
+
+
+def test_ponder_net_loss_is_its_definition():
+    torch.manual_seed(2)
+    model, ids, T = OpenMythos(tiny(halting="learned", loop_embedding=False)).double(), torch.randint(1, 3, (2, 4)), 5
+    targets, (ctx, _, states) = ids.flip(1), trajectory(model, ids, T)               # no noise in this config
+    expected = 0.0
+    for b in range(2):
+        for s in range(4):
+            going, prior = 1.0, 1.0
+            for t in range(T):
+                before = states[t + 1, b, s - 1] if s else torch.zeros_like(states[t + 1, b, s])
+                p = torch.sigmoid(model.recurrent.act.halt(torch.cat([states[t + 1, b, s], before]))).item() if t < T - 1 else 1.0
+                q, wanted = going * p, prior * (0.1 if t < T - 1 else 1.0)
+                answer = -model.decode(states[t + 1], ctx)[b, s].log_softmax(-1)[targets[b, s]].item()
+                expected += q * (answer + 0.01 * math.log(q / wanted)) / 8
+                going, prior = going * (1 - p), prior * 0.9
+    logits, loss = measures.ponder_net_loss(model, ids, targets, T)
+    assert loss.item() == pytest.approx(expected, rel=1e-9) and torch.equal(logits, model.decode(states[-1], ctx))
+    recipe = replace(study.variant("PonderNet"), steps=6)
+    models = [train(r, 3, progress=False).model for r in (recipe, replace(recipe, halting_loss="ready"))]
+    assert not torch.equal(*(model.embed.weight for model in models))
 
 
 @pytest.fixture(params=["reach", "ablations", "halting", "exits", "experts", "generation", "pace"])

@@ -1,0 +1,107 @@
+"""State tracking: the running product in a finite group. Token g + 1 is element g; the target at a position is the product, in order,
+of all elements up to it. Parity is the group Z2, and S5 the smallest symmetric group whose word problem is complete for NC1
+(Barrington 1989; Merrill et al. 2024, "The Illusion of State in State-Space Models")."""
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+STRINGS = ("uniform", "mixed")
+LARGEST = 5040  # elements of S7
+KINDS = {"Z": (2, lambda n: n), "D": (3, lambda n: 2 * n), "S": (2, math.factorial), "A": (3, lambda n: math.factorial(n) // 2)}  # smallest n, order
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """A finite group of permutations; element 0 is the identity.
+
+    Attributes:
+        elements: element g as a permutation: g moves point x to elements[g][x].
+        table: (order, order) the Cayley table: table[a, b] is the product ab, first a, then b.
+        generators: elements that give all others by products.
+    """
+
+    name: str
+    elements: list[tuple[int, ...]]
+    table: Int[Tensor, "order order"]
+    generators: list[int]
+
+    def __len__(self) -> int:
+        return len(self.elements)
+
+    def make_batch(self, batch: int, seq_len: int, generator: torch.Generator | None = None, device=None, strings: str = "uniform",
+                   generators: bool = False) -> tuple[Tensor, Tensor]:
+        """`batch` random strings and their right answers.
+
+        Args:
+            strings: "uniform": every element is as likely. "mixed": in half of the rows an element is not the first of the alphabet with
+                probability p, drawn for each row; half have runs, whose element changes with probability q, drawn for each row. Uniform
+                strings alone hide that a model is slow on long runs.
+            generators: whether the alphabet is the generators, but for the first element, which is any; or all elements everywhere.
+
+        Returns:
+            ids, targets: (batch, seq_len) int64 in 1 .. order; for parity, bit + 1.
+        """
+        for name, value in (("batch", batch), ("seq_len", seq_len)):
+            if value < 1:
+                raise ValueError(f"{name} = {value}: must be at least 1")
+        if strings not in STRINGS:
+            raise ValueError(f"strings = {strings!r}: must be one of {STRINGS}")
+        alphabet = torch.tensor(self.generators) if generators else torch.arange(len(self))
+
+        def rare():
+            """In each row, with a probability drawn for it, one of the letters 1, 2, ... at random, else 0."""
+            u, p = torch.rand(batch, seq_len, generator=generator), torch.rand(batch, 1, generator=generator)
+            return torch.where(u < p, 1 + u / p * (len(alphabet) - 1), 0).long().clamp(max=len(alphabet) - 1)   # u / p is uniform where u < p
+
+        if strings == "uniform":
+            letters = torch.randint(0, len(alphabet), (batch, seq_len), generator=generator)
+        else:
+            dense, runs = rare(), rare().cumsum(1) % len(alphabet)
+            letters = torch.where(torch.rand(batch, 1, generator=generator) < 0.5, dense, runs)
+        elements = alphabet[letters]
+        if generators:
+            elements[:, 0] = torch.randint(0, len(self), (batch,), generator=generator)
+        ids = (elements + 1).to(device)
+        return ids, self.answers(ids)
+
+    def answers(self, ids: Int[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:
+        """The product of each prefix, as tokens, by Hillis and Steele's scan: log2(seq) rounds that double how far a product reaches."""
+        product, table, reach = ids - 1, self.table.to(ids.device), 1
+        while reach < ids.shape[1]:
+            product = torch.cat([product[:, :reach], table[product[:, :-reach], product[:, reach:]]], 1)
+            reach *= 2
+        return product + 1
+
+
+@lru_cache
+def group(name: str) -> Group:
+    """Z_n (cyclic), D_n (dihedral, 2n elements), S_n (symmetric) or A_n (alternating), by name: "Z2", "D4", "S5", "A5".
+
+    Raises:
+        ValueError: for another name, or more than 5,040 elements.
+    """
+    smallest, order = KINDS.get(name[:1], (math.inf, None))
+    n = int(name[1:]) if name[1:].isdecimal() else 0
+    if n < smallest or n > LARGEST or order(n) > LARGEST:
+        raise ValueError(f"group = {name!r}: must be Z, D, S or A and a number, as 'Z2', 'D3' or 'S5', of at most {LARGEST} elements")
+    cycle, rest = (*range(1, n), 0), tuple(range(3, n))
+    made = {"Z": [cycle], "D": [cycle, tuple(reversed(range(n)))], "S": [(1, 0, *range(2, n)), cycle],
+            "A": [(1, 2, 0, *rest), cycle if n % 2 else (0, *range(2, n), 1)]}[name[0]]
+    made = list(dict.fromkeys(made))                             # two of S2's, and of A3's, are one
+    index, origin, right = {tuple(range(n)): 0}, [None], []      # origin: the product of an earlier element and a generator; right: all of those
+    for a in (elements := list(index)):
+        for s, generator in enumerate(made):
+            product = tuple(generator[x] for x in a)
+            if product not in index:
+                index[product] = len(elements)
+                elements.append(product)
+                origin.append((index[a], s))
+        right.append([index[tuple(generator[x] for x in a)] for generator in made])
+    right, table = torch.tensor(right), torch.arange(len(elements)).expand(len(elements), -1).T.contiguous()
+    for b, (a, s) in enumerate(origin[1:], 1):
+        table[:, b] = right[table[:, a], s]                      # x (a s) = (x a) s
+    return Group(name, elements, table, [index[generator] for generator in made])
