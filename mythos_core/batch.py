@@ -111,8 +111,8 @@ def _hash(*parts: bytes) -> str:
 
 
 def core_hash() -> str:
-    """Of the code of this package and the study's variants."""
-    return _hash(*(file.read_bytes() for file in [*sorted(CORE.glob("*.py")), CORE / "results" / "variants.json"]))
+    """Of the code of this package, the published configurations and the study's variants."""
+    return _hash(*(file.read_bytes() for file in [*sorted(CORE.glob("*.py")), CORE / "published.json", CORE / "results" / "variants.json"]))
 
 
 def plan(notebooks: list[Path], grid: list[dict], out: Path, threads: int) -> list[Job]:

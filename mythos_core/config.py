@@ -1,5 +1,7 @@
 """MythosConfig: everything that decides what a model computes, checked when it is made."""
+import json
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 ATTENTION = ("gqa", "mla")
 HALTING = ("act", "act_remainder", "learned", "none")
@@ -123,24 +125,6 @@ def parity_config(**changes) -> MythosConfig:
     return tutorial_config("gqa", **{**small, **changes})
 
 
-def _variant(dim, head, loops, layers, experts, shared, top_k, expert_dim, rank, latents, context, **more) -> MythosConfig:
-    """One published variant; all use MLA. `head` = (n_heads, n_kv_heads, rope, nope, v widths), `latents` = (kv, q ranks)."""
-    return MythosConfig(
-        dim=dim, n_heads=head[0], n_kv_heads=head[1], qk_rope_head_dim=head[2], qk_nope_head_dim=head[3], v_head_dim=head[4],
-        max_loop_iters=loops, prelude_layers=layers, coda_layers=layers, n_experts=experts, n_shared_experts=shared,
-        n_experts_per_tok=top_k, expert_dim=expert_dim, lora_rank=rank, kv_lora_rank=latents[0], q_lora_rank=latents[1],
-        max_seq_len=context, **more)
-
-
-_LONG = dict(context=1_000_000, max_output_tokens=131_072)
-
-#: The variants that open-mythos 0.5.0 publishes, by name. For counting: nobody has released weights for them.
-VARIANTS = {
-    "1B": _variant(2048, (16, 4, 32, 64, 64), 16, 2, 64, 2, 4, 2048, 8, (256, 512), 4096),
-    "3B": _variant(3072, (24, 6, 32, 96, 96), 16, 2, 64, 2, 4, 4096, 8, (384, 768), 4096),
-    "10B": _variant(4096, (32, 8, 64, 128, 128), 24, 2, 128, 2, 4, 5632, 16, (512, 1024), 8192),
-    "50B": _variant(6144, (48, 8, 64, 128, 128), 32, 3, 256, 4, 4, 9728, 32, (512, 1536), 8192),
-    "100B": _variant(8192, (64, 8, 64, 128, 128), 32, 4, 256, 4, 8, 13568, 64, (512, 2048), rope_theta=1e6, **_LONG),
-    "500B": _variant(12288, (96, 16, 64, 128, 128), 48, 4, 512, 8, 8, 23040, 128, (1024, 3072), rope_theta=1e6, vocab_size=100_000, **_LONG),
-    "1T": _variant(16384, (128, 16, 64, 128, 128), 64, 6, 512, 8, 8, 34560, 256, (1024, 4096), rope_theta=2e6, vocab_size=100_000, **_LONG),
-}
+#: The variants that open-mythos 0.5.0 publishes, by name, from published.json, which has what differs from the defaults. For counting:
+#: nobody has released weights for them.
+VARIANTS = {name: MythosConfig(**values) for name, values in json.loads((Path(__file__).parent / "published.json").read_text()).items()}

@@ -14,11 +14,9 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
-import safetensors
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -84,6 +82,12 @@ RECIPES = {recipe.name: recipe for recipe in (
                          init_std=64 ** -0.5, loop_noise=0.3, start_noise=4.0, act_threshold=0.9),
            steps=1000, batch=40, lr=2e-3, betas=(0.9, 0.98), warmup=50, decay=0.8, lengths=(9, 16), curriculum=0.15, loops=(1, 16),
            strings="mixed", reach=1.5, halting_loss="follows"),
+    *(Recipe(f"state-{name}",
+             parity_config(vocab_size=len(group(name)) + 1, expert_dim=128, max_seq_len=4096, halting="none", loop_embedding=False, lora_rank=0, window=2,
+                           token_shift=True, init_std=64 ** -0.5, loop_noise=0.1, start_noise=1.0),
+             steps=steps, batch=40, lr=2e-3, betas=(0.9, 0.98), warmup=50, decay=0.7, lengths=(9, 16), curriculum=0.3, loops=(1, 16),
+             group=name, generators=len(group(name)) > 50, strings="mixed", reach=1.0)
+      for name, steps in {"Z2": 600, "Z5": 1500, "S3": 1500, "A5": 2200, "S5": 2200}.items()),
 )}
 
 
@@ -112,7 +116,7 @@ def train(recipe: Recipe | str, seed: int = 0, device=None, progress: bool = Tru
     All randomness of step i comes from (seed, i), so that a resumed run is the uninterrupted one, bit for bit.
 
     Args:
-        out: folder for checkpoint.safetensors (every 100 steps, at Ctrl-C, at the end), and at the end for
+        out: folder for checkpoint.pt (every 100 steps, at Ctrl-C, at the end), and at the end for
             the model, as `save_pretrained` writes it, and history.json.
         resume: go on from `out`'s checkpoint, if there is one.
 
@@ -121,7 +125,7 @@ def train(recipe: Recipe | str, seed: int = 0, device=None, progress: bool = Tru
         ValueError: unknown recipe, or a checkpoint of another recipe or seed.
     """
     recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
-    checkpoint = Path(out) / "checkpoint.safetensors" if out else None
+    checkpoint = Path(out) / "checkpoint.pt" if out else None
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         run = Run(recipe, seed, OpenMythos(recipe.config).to(device))
@@ -322,40 +326,25 @@ def held_out(model: OpenMythos, recipe: Recipe, batch: int = 256) -> float:
     return (model.eval()(ids, recipe.loops[1]).argmax(-1) == targets).all(1).float().mean().item()
 
 
-def _tensors(run: Run, optimizer) -> dict[str, Tensor]:
-    """Everything that changes in training, by name; the same storage, so that loading can copy in place."""
-    tensors = {f"model.{k}": v for k, v in run.model.state_dict().items() if k != "head.weight"}
-    for i, parameter in enumerate(run.model.parameters()):
-        tensors.update({f"adamw.{i}.{k}": v for k, v in optimizer.state[parameter].items()})
-    return tensors
-
-
 def _save(checkpoint: Path, run: Run, optimizer):
     """Written beside, then renamed: a checkpoint is whole or not there."""
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    about = {"recipe": json.dumps(asdict(run.recipe)), "seed": str(run.seed), "history": json.dumps(run.history)}
-    save_file(_tensors(run, optimizer), checkpoint.with_suffix(".tmp"), metadata=about)
+    torch.save({"recipe": json.dumps(asdict(run.recipe)), "seed": run.seed, "history": run.history, "model": run.model.state_dict(),
+                "optimizer": optimizer.state_dict()}, checkpoint.with_suffix(".tmp"))
     os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
 
 
 def _load(checkpoint: Path, run: Run, optimizer):
     try:
-        saved = load_file(checkpoint)
-        with safetensors.safe_open(checkpoint, "pt") as file:
-            about = file.metadata()
-    except safetensors.SafetensorError as error:
+        saved = torch.load(checkpoint, weights_only=True)
+    except Exception as error:                                   # which, depends on where it is torn
         raise OSError(f"{checkpoint}: damaged: {error}") from error
-    wanted = {"recipe": json.dumps(asdict(run.recipe)), "seed": str(run.seed)}
-    for name, value in wanted.items():
-        if about[name] != value:
-            raise ValueError(f"{checkpoint} is of {name} {about[name]}, not {value}: choose another folder, or do not resume")
-    for parameter in run.model.parameters():
-        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
-    with torch.no_grad():
-        for name, tensor in _tensors(run, optimizer).items():
-            tensor.copy_(saved[name])
-    run.history = json.loads(about["history"])
+    for name, value in {"recipe": json.dumps(asdict(run.recipe)), "seed": run.seed}.items():
+        if saved[name] != value:
+            raise ValueError(f"{checkpoint} is of {name} {saved[name]}, not {value}: choose another folder, or do not resume")
+    run.model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    run.history = saved["history"]
 
 
 def main(argv=None):

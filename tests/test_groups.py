@@ -1,3 +1,4 @@
+import re
 from itertools import permutations
 
 import pytest
@@ -76,7 +77,7 @@ def test_parity_is_the_group_of_two_and_draws_what_it_drew():
     assert torch.equal(uniform[1], (uniform[0] - 1).cumsum(1) % 2 + 1)
 
 
-@pytest.mark.parametrize("name", ["", "S", "Q8", "Z1", "Z0", "D2", "A2", "S8", "S100000000", "Z5041", "S-3", "s3", "S3 "])
+@pytest.mark.parametrize("name", ["", "S", "Q8", "Z1", "Z0", "D2", "A2", "S7", "A7", "Z100", "D02", "S-3", "s3", "S3 ", "S3\n"])
 def test_other_names_are_refused(name):
-    with pytest.raises(ValueError, match=f"group = '{name}': must be"):
+    with pytest.raises(ValueError, match=re.escape(f"group = {name!r}: must be")):
         group(name)

@@ -86,8 +86,8 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
         train(SHORT, 2, progress=False, out=tmp_path, resume=True)
     with pytest.raises(ValueError, match="recipe"):
         train(replace(SHORT, lr=1e-3), 1, progress=False, out=tmp_path, resume=True)
-    (tmp_path / "checkpoint.safetensors").write_bytes(b"torn")
-    with pytest.raises(OSError, match=r"checkpoint.safetensors: damaged"):
+    (tmp_path / "checkpoint.pt").write_bytes(b"torn")
+    with pytest.raises(OSError, match=r"checkpoint.pt: damaged"):
         train(SHORT, 1, progress=False, out=tmp_path, resume=True)
 
 
