@@ -104,7 +104,7 @@ def test_runs_in_processes_are_the_runs_alone():
 
 
 def test_an_unknown_recipe_lists_those_there_are():
-    with pytest.raises(ValueError, match=r"'parity-extrapolating', 'parity-halting', 'parity-scan', 'parity-seed'"):
+    with pytest.raises(ValueError, match=r"'parity-extrapolating', 'parity-halting', 'parity-scan', 'parity-seed', 'state-A5', "):
         train("parity", progress=False)
 
 
