@@ -15,9 +15,7 @@ def continuation(ids: Int[Tensor, "batch seq"], n: int) -> Int[Tensor, "batch ne
 
     p is the prompt's parity. Fed back as the next bit it makes the parity p xor p = 0, and zeros keep it there.
     """
-    new = torch.ones(len(ids), n, dtype=ids.dtype, device=ids.device)
-    new[:, 0] = answers(ids)[:, -1]
-    return new
+    return torch.nn.functional.pad(answers(ids)[:, -1:], (0, n - 1), value=1)
 
 
 def structured(seq_len: int) -> dict[str, Int[Tensor, "one seq"]]:

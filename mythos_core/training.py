@@ -87,7 +87,7 @@ RECIPES = {recipe.name: recipe for recipe in (
                            token_shift=True, init_std=64 ** -0.5, loop_noise=0.1, start_noise=1.0),
              steps=steps, batch=40, lr=2e-3, betas=(0.9, 0.98), warmup=50, decay=0.7, lengths=(9, 16), curriculum=0.3, loops=(1, 16),
              group=name, generators=len(group(name)) > 50, strings="mixed", reach=1.0)
-      for name, steps in {"Z2": 600, "Z5": 1500, "S3": 1500, "A5": 2200, "S5": 2200}.items()),
+      for name, steps in {"Z2": 600, "Z5": 1500, "S3": 1500, "A5": 2200, "S5": 3200}.items()),
 )}
 
 
