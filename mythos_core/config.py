@@ -101,9 +101,7 @@ class MythosConfig:
             raise ValueError(f"MythosConfig.{name} = {getattr(self, name)!r}: must be {rule}")
 
     def _check_type(self, name, kind):
-        value, allowed = getattr(self, name), kind
-        if kind is float:
-            allowed = int | float
+        value, allowed = getattr(self, name), int | float if kind is float else kind
         if isinstance(value, bool) != (kind is bool) or not isinstance(value, allowed):
             raise ValueError(f"MythosConfig.{name} = {value!r}: must be {getattr(kind, '__name__', kind)}")
 
