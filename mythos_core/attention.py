@@ -108,8 +108,7 @@ class GQA(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))                                # (B, S, H + 2 KV, head_dim)
         qk, v = qkv.split([c.n_heads + c.n_kv_heads, c.n_kv_heads], 2)
         q, k = rotate(qk, ctx.rope).split([c.n_heads, c.n_kv_heads], 2)
-        keep = c.window and c.window - 1
-        k, v = (ctx.remember(layer, name, x.transpose(1, 2), keep) for name, x in (("k", k), ("v", v)))  # (B, KV, past + S, head_dim)
+        k, v = (ctx.remember(layer, name, x.transpose(1, 2), c.window and c.window - 1) for name, x in (("k", k), ("v", v)))  # (B, KV, keys, d)
         out = attend(q.transpose(1, 2), k, v, ctx, c.window, self.head_dim ** -0.5, c.dropout if self.training else 0.0)
         return self.out(out.transpose(1, 2).flatten(2))                                     # (B, S, dim)
 
@@ -135,12 +134,11 @@ class MLA(nn.Module):
         c, nope = self.config, self.config.qk_nope_head_dim
         q, latent, k_rope = self.down(x).split([c.q_lora_rank, c.kv_lora_rank, c.qk_rope_head_dim], -1)
         q = self.q_up(self.q_norm(q)).unflatten(-1, (c.n_heads, -1))                        # (B, S, H, nope + rope)
-        k_rope = rotate(k_rope.unsqueeze(2).contiguous(), ctx.rope).squeeze(2)              # (B, S, rope); pairs of odd strides are no complex numbers
+        turned = rotate(torch.cat([q[..., nope:], k_rope.unsqueeze(2)], 2), ctx.rope)       # (B, S, H + 1, rope): the heads' queries, and the key
         up_k, up_v = self.kv_up.weight.unflatten(0, (c.n_heads, -1)).split([nope, c.v_head_dim], 1)  # (H, nope | v, rank)
-        q = torch.cat([torch.einsum("bshn,hnr->bshr", q[..., :nope], up_k), rotate(q[..., nope:].contiguous(), ctx.rope)], -1)
-        k = torch.cat([self.kv_norm(latent), k_rope], -1).unsqueeze(1)                      # (B, 1, S, rank + rope)
+        q = torch.cat([torch.einsum("bshn,hnr->bshr", q[..., :nope], up_k), turned[:, :, :-1]], -1)
+        k = torch.cat([self.kv_norm(latent), turned[:, :, -1]], -1).unsqueeze(1)                      # (B, 1, S, rank + rope)
         k = ctx.remember(layer, "latent", k, c.window and c.window - 1)
         out = attend(q.transpose(1, 2), k, k[..., :c.kv_lora_rank], ctx, c.window, (nope + c.qk_rope_head_dim) ** -0.5,
                      c.dropout if self.training else 0.0)                                   # (B, H, S, rank)
-        out = torch.einsum("bhsr,hvr->bshv", out, up_v)
-        return self.out(out.flatten(2))                                                     # (B, S, dim)
+        return self.out(torch.einsum("bhsr,hvr->bshv", out, up_v).flatten(2))               # (B, S, dim)

@@ -27,7 +27,7 @@ def rotate(x: Float[Tensor, "batch seq heads dim"], table) -> Float[Tensor, "bat
     """
     if table is None:
         return x
-    pairs = torch.view_as_complex(x.to(table.real.dtype).unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(x.to(table.dtype.to_real()).unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
 
 

@@ -1,5 +1,6 @@
 """OpenMythos: prelude, looped block, coda; generation; weights in and out."""
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,12 +63,13 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
         """
         n_loops = self.config.max_loop_iters if n_loops is None else n_loops
         self._check(ids, n_loops, kv_cache)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and kv_cache is None):
+        with nullcontext() if kv_cache is None else torch.inference_mode():                 # spares each small operation its bookkeeping
             ctx = self.context(ids, kv_cache)
             logits = self.decode(self.recurrent(self.encode(ids, ctx), n_loops, ctx, observer), ctx)
-        if kv_cache is not None:
-            kv_cache.advance(ids.shape[1])
-        return logits
+        if kv_cache is None:
+            return logits
+        kv_cache.advance(ids.shape[1])
+        return logits.clone()                                                               # one that may be changed in place
 
     def context(self, ids: Int[Tensor, "batch seq"], kv_cache: KVCache | None = None) -> Context:
         """What the layers of one pass over `ids` share."""
@@ -121,8 +123,7 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
         _require(use_cache or cache_loops is None, "cache_loops", cache_loops, "None if use_cache is False")
         cache = KVCache(ids.shape[1] + max_new_tokens, cache_loops) if use_cache else None
         for _ in range(max_new_tokens):
-            new = ids[:, cache.length:] if use_cache else ids
-            logits = self(new, n_loops, cache, observer)[:, -1].float()                     # (B, vocab)
+            logits = self(ids[:, cache.length:] if use_cache else ids, n_loops, cache, observer)[:, -1].float()  # (B, vocab)
             ids = torch.cat([ids, _sample(logits, temperature, top_k, generator)], 1)
         return ids
 
@@ -171,8 +172,7 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
 def read_config(file: Path) -> MythosConfig:
     """The MythosConfig in a config.json; keys that are not fields (provenance) are left out."""
     try:
-        values = json.loads(file.read_text())
-        return MythosConfig(**{k: v for k, v in values.items() if k in MythosConfig.__dataclass_fields__})
+        return MythosConfig(**{k: v for k, v in json.loads(file.read_text()).items() if k in MythosConfig.__dataclass_fields__})
     except FileNotFoundError:
         raise FileNotFoundError(f"{file}: missing; a model directory holds config.json and model.safetensors") from None
     except (json.JSONDecodeError, ValueError, AttributeError) as error:

@@ -45,26 +45,26 @@ class MoE(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch seq dim"]) -> tuple[Float[Tensor, "batch seq dim"], Int[Tensor, "batch seq k"]]:
         """The mixture and the experts chosen, each token's k in falling order of z + bias."""
-        c, tokens = self.config, x.flatten(0, 1)                                            # (N, dim)
-        logits = self.router(tokens)
-        ids = (logits + self.router_bias).topk(c.n_experts_per_tok, -1).indices             # (N, k)
+        c = self.config
+        logits = self.router(x)                                                             # (B, S, E)
+        ids = (logits + self.router_bias).topk(c.n_experts_per_tok, -1).indices             # (B, S, k)
         gates = logits.gather(-1, ids).softmax(-1)               # softmax over the chosen = softmax over all, renormalised
         if self.training and c.balance_rate:
             self.load += _count(ids, c.n_experts)
         if self.training and c.balance_loss:
-            self._imbalances.append(c.n_experts * (_count(ids, c.n_experts) / ids.numel() * logits.softmax(-1).mean(0)).sum())
+            self._imbalances.append(c.n_experts * (_count(ids, c.n_experts) / ids.numel() * logits.softmax(-1).mean((0, 1))).sum())
         idle = (c.n_experts - c.n_experts_per_tok) * c.expert_dim                           # channels; few cost less than copies of a token do
-        grouped = len(tokens) * c.dim * idle > SORTING and idle > 40 * c.n_experts_per_tok and x.dtype != torch.float64 and x.device.type in ("cpu", "cuda")
-        out = self._grouped(tokens, ids, gates) if grouped else self._dense(tokens, ids, gates)
+        grouped = x.numel() * idle > SORTING and idle > 40 * c.n_experts_per_tok and x.dtype != torch.float64 and x.device.type in ("cpu", "cuda")
+        out = self._grouped(x.flatten(0, 1), ids, gates).view_as(x) if grouped else self._dense(x, ids, gates)
         for expert in self.shared:
-            out = out + expert(tokens)
-        return out.view_as(x), ids.view(*x.shape[:-1], -1)
+            out = out + expert(x)
+        return out, ids
 
     def _dense(self, x, ids, gates):
         """Every expert on every token, the gates of those not chosen being 0: two large products."""
-        gate, up = F.linear(x, self.gate_up.flatten(0, 2)).chunk(2, -1)                     # (N, E * expert_dim)
-        weight = gates.new_zeros(len(x), self.config.n_experts).scatter(-1, ids, gates).unsqueeze(-1)  # (N, E, 1)
-        return ((F.silu(gate) * up).unflatten(-1, (self.config.n_experts, -1)) * weight).flatten(1) @ self.down.flatten(0, 1)
+        gate, up = F.linear(x, self.gate_up.flatten(0, 2)).chunk(2, -1)                     # (B, S, E * expert_dim)
+        weight = gates.new_zeros(*x.shape[:-1], self.config.n_experts).scatter(-1, ids, gates).unsqueeze(-1)  # (B, S, E, 1)
+        return ((F.silu(gate) * up).unflatten(-1, (self.config.n_experts, -1)) * weight).flatten(-2) @ self.down.flatten(0, 1)
 
     def _grouped(self, x, ids, gates):
         """Token copies sorted by expert, then one grouped product a matrix: only the chosen experts are computed."""

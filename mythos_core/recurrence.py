@@ -1,9 +1,11 @@
 """The looped part: h_{t+1} = A * h_t + B * e + block(norm(h_t + loop_embedding(t) + e)), with LoRA, token shift and ACT."""
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -37,13 +39,13 @@ class TransformerBlock(nn.Module):
         self.attn_norm, self.ffn_norm = nn.RMSNorm(config.dim, NORM_EPS), nn.RMSNorm(config.dim, NORM_EPS)
         self.attn = (GQA if config.attn_type == "gqa" else MLA)(config)
         self.ffn = MoE(config) if moe else SwiGLU(config.dim, config.dim * 4 // 3)
-        self.drop = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
 
     def forward(self, x: Float[Tensor, "batch seq dim"], ctx: Context, layer: str):
         """The block's output, and the experts chosen if its ffn is a MoE (else None)."""
-        x = x + self.drop(self.attn(self.attn_norm(x), ctx, layer))
+        x = x + F.dropout(self.attn(self.attn_norm(x), ctx, layer), self.dropout, self.training)
         out, expert_ids = self.ffn(self.ffn_norm(x)) if isinstance(self.ffn, MoE) else (self.ffn(self.ffn_norm(x)), None)
-        return x + self.drop(out), expert_ids
+        return x + F.dropout(out, self.dropout, self.training), expert_ids
 
 
 class LTIInjection(nn.Module):
@@ -64,11 +66,10 @@ class LTIInjection(nn.Module):
         """
         dtype = self.log_A.dtype
         exponent = (self.log_dt.float() + self.log_A.float()).clamp(-15, 4)
-        A = torch.exp(-torch.exp(exponent))
-        return A.clamp(torch.finfo(dtype).tiny, 1 - torch.finfo(dtype).eps / 2).to(dtype)
+        return torch.exp(-torch.exp(exponent)).clamp(torch.finfo(dtype).tiny, 1 - torch.finfo(dtype).eps / 2).to(dtype)
 
-    def forward(self, h: Float[Tensor, "batch seq dim"], e: Float[Tensor, "batch seq dim"], out: Float[Tensor, "batch seq dim"]):
-        return torch.addcmul(torch.addcmul(out, self.B, e), self.get_A(), h)
+    def forward(self, h: Float[Tensor, "batch seq dim"], e: Float[Tensor, "batch seq dim"], out: Float[Tensor, "batch seq dim"], A: Float[Tensor, "dim"]):
+        return torch.addcmul(torch.addcmul(out, self.B, e), A, h)
 
 
 class LoopLoRA(nn.Module):
@@ -104,15 +105,14 @@ class ACTHalting(nn.Module):
         self.threshold, self.remainder = config.act_threshold, config.halting == "act_remainder"
 
     def forward(self, h: Float[Tensor, "batch seq dim"], total: Float[Tensor, "batch seq"], open: Tensor | bool = True):
-        """p, the weight of this loop, what a last loop here would get on top of it (None for "act"), and the sum of p after it;
-        each (B, S). `total` is the sum of p before this loop; p is 0 where halting is not `open` yet.
+        """p, the weight of this loop, what a last loop here would get on top of it (None for "act"), and the sum of weights after it;
+        each (B, S). `total` is that sum before this loop, 1 where a position has halted; p is 0 where halting is not `open` yet.
         """
-        p = torch.sigmoid(self.halt(h)).squeeze(-1).float() * open
-        running = total < self.threshold
-        weight = torch.where(total + p >= self.threshold, (1 - total).clamp(min=0), p) * running
-        total = total + p * running
-        left = (1 - total) * (total < self.threshold) if self.remainder else None
-        return p, weight, left, total
+        p = torch.sigmoid(self.halt(h)).squeeze(-1).float()
+        p = p if open is True else p * open
+        weight = torch.where(total + p >= self.threshold, 1 - total, p)   # 0 once halted: total + (1 - total) rounds to 1
+        total = total + weight
+        return p, weight, 1 - total if self.remainder else None, total
 
 
 class LearnedHalting(nn.Module):
@@ -147,7 +147,7 @@ def previous(x: Float[Tensor, "batch seq width"], ctx: Context, layer: str, name
     """x from `distance` positions before, zeros before the first; what the cache remembers of x in `layer` by `name` lies before it."""
     past = ctx.remember(layer, name, x, keep=distance)                                      # (B, up to distance + S, width)
     missing = min(distance + x.shape[1] - past.shape[1], x.shape[1])                        # positions that look before the first
-    return nn.functional.pad(past, (0, 0, missing, 0))[:, :x.shape[1]]
+    return F.pad(past, (0, 0, missing, 0))[:, :x.shape[1]]
 
 
 def pairs(h: Float[Tensor, "batch seq dim"], ctx: Context, t: int = 0) -> Float[Tensor, "batch seq twice"]:
@@ -155,12 +155,11 @@ def pairs(h: Float[Tensor, "batch seq dim"], ctx: Context, t: int = 0) -> Float[
     return torch.cat([h, previous(h, ctx, f"loop.{t}", "halt")], -1)
 
 
-def loop_embedding(t: int, dim: int, like: Tensor) -> Float[Tensor, "dim"]:
-    """sin and cos of t * 10000^(-2i / width) on the first width = dim // 8 channels, 0 on the others."""
-    width = dim // 8
-    angle = t / 10000.0 ** (torch.arange(0, width, 2, device=like.device, dtype=like.dtype) / width)
-    emb = torch.cat([angle.sin(), angle.cos()])[:width]
-    return torch.cat([emb, emb.new_zeros(dim - width)])
+def loop_embedding(n_loops: int, dim: int, like: Tensor) -> Float[Tensor, "loops dim"]:
+    """For each loop t: sin and cos of t * 10000^(-2i / width) on the first width = dim // 8 channels, 0 on the others."""
+    width, kind = dim // 8, dict(device=like.device, dtype=like.dtype)
+    angle = torch.arange(n_loops, **kind).unsqueeze(1) / 10000.0 ** (torch.arange(0, width, 2, **kind) / width)
+    return F.pad(torch.cat([angle.sin(), angle.cos()], 1)[:, :width], (0, dim - width))
 
 
 class Rest:
@@ -225,21 +224,22 @@ class RecurrentBlock(nn.Module):
         self.lora = LoopLoRA(config.dim, config.lora_rank, config.max_loop_iters) if config.lora_rank else None
         self.act = None if config.halting == "none" else (LearnedHalting if config.halting == "learned" else ACTHalting)(config)
 
-    def step(self, h: Float[Tensor, "batch seq dim"], e: Float[Tensor, "batch seq dim"], t: int, ctx: Context):
-        """One loop: h_t -> (h_{t+1}, experts chosen)."""
-        z = h + e
-        if self.config.loop_embedding:
-            z = z + loop_embedding(t, self.config.dim, h)
-        z = self.norm(z)
+    def fixed(self, n_loops: int, like: Tensor):
+        """What the loops of a pass share: A, and the embedding of each of `n_loops`, if there is one."""
+        return self.injection.get_A(), loop_embedding(n_loops, self.config.dim, like) if self.config.loop_embedding else None
+
+    def step(self, h: Float[Tensor, "batch seq dim"], e: Float[Tensor, "batch seq dim"], t: int, ctx: Context, fixed=None):
+        """One loop: h_t -> (h_{t+1}, experts chosen). A pass over many loops makes what is `fixed` once."""
+        A, embedding = fixed or self.fixed(t + 1, h)
+        z = self.norm(h + e if embedding is None else h + e + embedding[t])
         if self.config.token_shift:
             here, there = z.chunk(2, -1)
             z = torch.cat([here, previous(there, ctx, f"loop.{t}", "shift", self.config.shift_growth ** t)], -1)
         if self.training and self.config.loop_noise:
             z = z + self.config.loop_noise * torch.randn_like(z)
         out, expert_ids = self.block(z, ctx, f"loop.{t}")
-        if self.lora is not None:
-            out = self.lora(out, t)
-        return self.loop_norm(self.injection(h, e, out) if self.config.carry else out), expert_ids
+        out = out if self.lora is None else self.lora(out, t)
+        return self.loop_norm(self.injection(h, e, out, A) if self.config.carry else out), expert_ids
 
     def _start(self, e):
         """h_0: the input, or in training, with start_noise, for half of the strings a point thrown far from it."""
@@ -260,8 +260,9 @@ class RecurrentBlock(nn.Module):
         act, rest, expert_ids = self.act, None, None
         if isinstance(act, LearnedHalting):
             act, rest = (None, None) if self.training else (act, Rest(self.config, ctx, e))
+        step = partial(self.step, fixed=self.fixed(n_loops, e))
         for t in range(n_loops):
-            h, expert_ids = self.step(h, e, t, ctx) if rest is None else rest.step(self.step, h, e, t, expert_ids)
+            h, expert_ids = step(h, e, t, ctx) if rest is None else rest.step(step, h, e, t, expert_ids)
             output, p, weight = h, None, None
             if act is not None:
                 seen, open = (h, t + 1 >= self.config.min_loops) if rest is None else (pairs(h, ctx, t), rest.open(t))
@@ -271,8 +272,6 @@ class RecurrentBlock(nn.Module):
                 weight = weight if left is None or t < n_loops - 1 else weight + left
             if observer is not None:
                 observer(LoopRecord(t, h, output, expert_ids, p, weight, rest.first if rest else 0))
-            if act is not None and ctx.cache is None and bool((total >= act.threshold).all()):
-                break
-            if rest is not None and rest.after(t, total, n_loops):
+            if (act and ctx.cache is None and bool((total >= act.threshold).all())) or (rest and rest.after(t, total, n_loops)):
                 break
         return output

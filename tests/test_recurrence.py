@@ -156,9 +156,14 @@ def test_early_exit_changes_no_logit():
 
 def test_halted_positions_take_no_more_weight():
     act = ACTHalting(tiny())
-    _, weight, left, total = act(torch.randn(1, 4, 32), torch.tensor([[0.0, 0.5, 0.99, 1.2]]))
-    assert (weight[0, :2] > 0).all() and not weight[0, 2:].any() and left is None
-    assert total[0, 2:].tolist() == pytest.approx([0.99, 1.2])
+    _, weight, left, total = act(torch.randn(1, 4, 32), torch.tensor([[0.0, 0.5, 0.98, 1.0]]))
+    assert (weight[0, :3] > 0).all() and not weight[0, 3:].any() and left is None
+    assert (total[0, :3] < 1 + 1e-6).all() and total[0, 3] == 1
+
+
+def test_the_weights_of_a_position_that_halts_sum_to_1_in_the_last_bit():
+    total = torch.rand(100_000) * 2.0 ** torch.randint(-30, 1, (100_000,))
+    assert (total + (1 - total) == 1).all()
 
 
 def test_lora_reuses_its_last_row_and_rank_0_leaves_it_out():
@@ -171,9 +176,9 @@ def test_lora_reuses_its_last_row_and_rank_0_leaves_it_out():
 
 
 def test_loop_embedding_is_on_an_eighth_of_the_channels():
-    emb = loop_embedding(3, 64, torch.zeros(1))
+    emb = loop_embedding(4, 64, torch.zeros(1))
     angle = 3 / 10000 ** (torch.arange(4) / 4)
-    assert torch.allclose(emb[:8], torch.cat([angle.sin(), angle.cos()])) and not emb[8:].any()
+    assert torch.allclose(emb[3, :8], torch.cat([angle.sin(), angle.cos()])) and not emb[:, 8:].any()
 
 
 @pytest.mark.parametrize("distance", [1, 2, 8, 2 ** 40])
