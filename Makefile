@@ -25,7 +25,7 @@ tutorial: $(VENV)/installed
 	MYTHOS_FIGURES=$(CURDIR)/build/figures $(BIN)/python -m mythos_core.batch $(NOTEBOOKS) --workers $(WORKERS) --out build/tutorial
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest tests notebooks --ignore tests/browser --ignore tests/test_colab.py $(NBVAL) -m "not training and not figures"
+	$(BIN)/python -m pytest tests notebooks --ignore tests/browser --ignore tests/test_colab.py $(NBVAL) -m "not training"
 
 test-notebooks: $(VENV)/installed
 	$(BIN)/python -m pytest tests/test_notebooks.py notebooks $(NBVAL)
@@ -57,6 +57,7 @@ publish: $(VENV)/installed
 	rm -rf build/publish
 	MYTHOS_FIGURES=$(CURDIR)/figures $(BIN)/python figures/architecture.py
 	MYTHOS_FIGURES=$(CURDIR)/figures $(BIN)/python -m mythos_core.batch $(NOTEBOOKS) --workers $(WORKERS) --out build/publish --publish
+	$(BIN)/python tests/gate.py > figures/arithmetic.txt
 
 lint: $(VENV)/installed
 	$(BIN)/python -m ruff check .

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import nbformat
 import pytest
 import test_notebooks as checks
-from gate import differences, stale
+from gate import arithmetic, differences, stale
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from test_notebooks import NAMES, ROOT, code, load
 
@@ -120,6 +120,12 @@ def test_numbers_of_two_runs_are_compared_as_numbers(change, same):
     assert (differences(A, {**A, **change}) == []) is same
 
 
+@pytest.mark.parametrize(("change", "same"), [
+    ({"accuracy": 0.9}, True), ({"curve": [0.9, 0.2, 0.1]}, True), ({"loops": 8}, False), ({"curve": [0.1, 0.2]}, False), ({"label": ["y", None]}, False)])
+def test_elsewhere_rounding_may_differ_but_not_shapes_words_and_counts(change, same):
+    assert (differences(A, {**A, **change}, here=False) == []) is same
+
+
 def test_a_stale_picture_is_found(tmp_path):
     def draw(folder, colour="black", points=(1, 2, 3)):
         (tmp_path / folder).mkdir()
@@ -132,7 +138,9 @@ def test_a_stale_picture_is_found(tmp_path):
     committed = draw("committed")
     assert stale("x", committed, draw("again")) == []
     assert "x.png" in stale("x", committed, draw("another curve", points=(3, 1, 2)))[0]
+    assert "x.png" in stale("x", committed, draw("another colour", colour="dimgrey"))[0]
     assert "x.png" in stale("x", committed, draw("wider", points=range(9)))[0]
+    assert stale("x", committed, tmp_path / "wider", here=False) == []
     assert stale("y", committed, committed) == ["y: not made"]
 
 
@@ -168,6 +176,7 @@ def test_a_run_that_differs_from_what_was_committed_fails_the_gate(tmp_path):
     cells = [SAVE, "offset = 0", draw.format(3, "as_it_was", 3), draw.format(9, "changed", 9), claims[0], "offset = 1", claims[1]]
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "arithmetic.txt").write_text(arithmetic() + "\n")
     cells = [cell if isinstance(cell, dict) else new_code_cell(cell, execution_count=1) for cell in cells]
     nbformat.write(new_notebook(cells=[*cells, new_markdown_cell("\n\n".join(tasks))]), tmp_path / "notebooks" / "x.ipynb")
     committed = subprocess.run([sys.executable, "-c", "\n".join([SAVE, draw.format(3, "as_it_was", 3), draw.format(3, "changed", 3)])],
