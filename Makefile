@@ -1,49 +1,65 @@
-# make tutorial | test | test-notebooks | test-browser | test-colab | bench | lab | site | publish | lint | clean.  Every target first makes the environment in .venv.
+# make tutorial | test | test-notebooks | test-browser | test-colab | test-floors | bench | lab | site | publish | lint | clean
+# Every target first makes the environment in .venv; site and test-browser put requirements-site.txt in it too, test-floors makes one of its own.
 PYTHON ?= python3
-BIN := .venv/bin
+VENV := .venv
+BIN := $(VENV)/bin
+CONSTRAINTS := constraints.txt
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 WORKERS ?= 1
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=300
 
-.PHONY: tutorial test test-notebooks test-browser test-colab bench lab site publish lint clean
+.PHONY: tutorial test test-notebooks test-browser test-colab test-floors bench lab site publish lint clean
 
-.venv/installed: requirements.txt constraints.txt pyproject.toml
-	$(PYTHON) -m venv .venv
+$(VENV)/installed: requirements.txt $(CONSTRAINTS) pyproject.toml
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -r requirements.txt -c constraints.txt
+	$(BIN)/python -m pip install --quiet -r requirements.txt -c $(CONSTRAINTS)
 	$(BIN)/python -m pip install --quiet --no-deps -e . open-mythos==0.5.0
 	touch $@
 
-tutorial: .venv/installed
+$(VENV)/site: $(VENV)/installed requirements-site.txt
+	$(BIN)/python -m pip install --quiet -r requirements-site.txt -c $(CONSTRAINTS)
+	touch $@
+
+tutorial: $(VENV)/installed
 	MYTHOS_FIGURES=$(CURDIR)/build/figures $(BIN)/python -m mythos_core.batch $(NOTEBOOKS) --workers $(WORKERS) --out build/tutorial
 
-test: .venv/installed
-	$(BIN)/python -m pytest tests notebooks --ignore tests/browser --ignore tests/test_colab.py $(NBVAL) -m "not training and not figures"
+test: $(VENV)/installed
+	$(BIN)/python -m pytest tests notebooks --ignore tests/browser --ignore tests/test_colab.py $(NBVAL) -m "not training"
 
-test-notebooks: .venv/installed
+test-notebooks: $(VENV)/installed
 	$(BIN)/python -m pytest tests/test_notebooks.py notebooks $(NBVAL)
 
 test-browser: site
 	$(BIN)/python -m pytest tests/browser
 
-test-colab: .venv/installed
+test-colab: $(VENV)/installed
 	$(BIN)/python -m pytest tests/test_colab.py
 
-bench: .venv/installed
+# The oldest of everything that requirements.txt allows; `make test-floors PYTHON=python3.10` for the oldest Python too.
+test-floors: build/floors.txt
+	$(MAKE) test VENV=build/floors CONSTRAINTS=$<
+
+build/floors.txt: requirements.txt
+	mkdir -p build
+	sed 's/>=/==/' $< > $@
+
+bench: $(VENV)/installed
 	MYTHOS_FIGURES=$(CURDIR)/figures $(BIN)/python -m pytest tests/bench
 
-lab: .venv/installed
+lab: $(VENV)/installed
 	$(BIN)/python -m jupyter lab notebooks
 
-site: .venv/installed
+site: $(VENV)/site
 	$(BIN)/python notebooks/site/build.py build/site
 
-publish: .venv/installed
+publish: $(VENV)/installed
 	rm -rf build/publish
 	MYTHOS_FIGURES=$(CURDIR)/figures $(BIN)/python figures/architecture.py
 	MYTHOS_FIGURES=$(CURDIR)/figures $(BIN)/python -m mythos_core.batch $(NOTEBOOKS) --workers $(WORKERS) --out build/publish --publish
+	$(BIN)/python tests/gate.py > figures/arithmetic.txt
 
-lint: .venv/installed
+lint: $(VENV)/installed
 	$(BIN)/python -m ruff check .
 
 clean:

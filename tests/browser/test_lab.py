@@ -1,7 +1,6 @@
-"""JupyterLab for real: the first notebook, run from the menu as a reader would."""
+"""JupyterLab for real: the first notebook, run from the menu as a reader would; and a slider, moved."""
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from urllib.request import urlopen
 import nbformat
 import pytest
 
+expect = pytest.importorskip("playwright.sync_api").expect
 ROOT = Path(__file__).parents[2]
 SETTINGS = {"@jupyterlab/notebook-extension/tracker.jupyterlab-settings": {"windowingMode": "none"},     # cells off the screen are in the page too
             "@jupyterlab/apputils-extension/notification.jupyterlab-settings": {"fetchNews": "false"}}   # asks no other machine
@@ -24,31 +24,33 @@ def claims(notebook):
     return "".join(output.text for cell in cells for output in cell.outputs).splitlines()
 
 
-@pytest.fixture
-def lab(tmp_path):
-    """The address of a server on loopback whose folder has 01 alone, with its outputs taken out, and the lines that 01 should print."""
-    shutil.copy(ROOT / "notebooks" / "01_model_sizes.ipynb", tmp_path)
-    notebook = nbformat.read(tmp_path / "01_model_sizes.ipynb", 4)
-    expected = claims(notebook)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-    nbformat.write(notebook, tmp_path / "01_model_sizes.ipynb")
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """A function that puts a notebook, its outputs taken out, in the folder of a server on loopback, and gives its address there."""
+    folder = tmp_path_factory.mktemp("lab")
     for name, settings in SETTINGS.items():
-        (tmp_path / "settings" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "settings" / name).write_text(json.dumps(settings))
+        (folder / "settings" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "settings" / name).write_text(json.dumps(settings))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
-               "--IdentityProvider.token=known", "--allow-root", f"--ServerApp.root_dir={tmp_path}", f"--LabApp.user_settings_dir={tmp_path / 'settings'}"]
-    folders = {f"JUPYTER_{kind}_DIR": str(tmp_path / kind.lower()) for kind in ("CONFIG", "DATA", "RUNTIME")}
-    with open(tmp_path / "lab.log", "w") as log:
-        server = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, **folders}, stdout=log, stderr=subprocess.STDOUT)
+               "--IdentityProvider.token=known", "--allow-root", f"--ServerApp.root_dir={folder}", f"--LabApp.user_settings_dir={folder / 'settings'}"]
+    folders = {f"JUPYTER_{kind}_DIR": str(folder / kind.lower()) for kind in ("CONFIG", "DATA", "RUNTIME")}
+    with open(folder / "lab.log", "w") as log:
+        server = subprocess.Popen(command, cwd=folder, env={**os.environ, **folders}, stdout=log, stderr=subprocess.STDOUT)
     address = f"http://127.0.0.1:{port}"
+
+    def put(notebook, name):
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                cell.outputs, cell.execution_count = [], None
+        nbformat.write(notebook, folder / f"{name}.ipynb")
+        return f"{address}/lab/workspaces/{name}/tree/{name}.ipynb?token=known"
+
     try:
-        wait_for(f"{address}/api?token=known", server, tmp_path / "lab.log")
-        yield f"{address}/lab/tree/01_model_sizes.ipynb?token=known", expected
+        wait_for(f"{address}/api?token=known", server, folder / "lab.log")
+        yield put
     finally:
         server.terminate()
         server.wait(30)
@@ -64,20 +66,48 @@ def wait_for(url, server, log):
     pytest.fail(log.read_text())
 
 
-def test_the_first_notebook_runs_from_the_menu(browser, lab):
-    address, expected = lab
-    assert expected and all(line.startswith("PASS") for line in expected)
+def load(name):
+    return nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4)
+
+
+def run_all(browser, address, awaited):
+    """The page after Run All Cells, when something with that selector is there and no cell has failed or complained."""
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     page.goto(address)
     page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=120_000)
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    outputs = page.locator(".jp-OutputArea-output")
     failed = page.locator("[data-mime-type='application/vnd.jupyter.error'], [data-mime-type='application/vnd.jupyter.stderr']")
-    last = outputs.filter(has_text=expected[-1])
-    last.or_(failed).first.wait_for(timeout=180_000)
+    page.locator(awaited).or_(failed).first.wait_for(timeout=180_000)
     assert failed.all_inner_texts() == []
-    last.scroll_into_view_if_needed()
+    page.locator(awaited).first.scroll_into_view_if_needed()
+    return page
+
+
+def test_the_first_notebook_runs_from_the_menu(browser, lab):
+    notebook = load("01_model_sizes")
+    expected = claims(notebook)
+    assert expected and all(line.startswith("PASS") for line in expected)
+    page = run_all(browser, lab(notebook, "01"), f".jp-OutputArea-output:has-text({json.dumps(expected[-1])})")
     page.screenshot(path=ROOT / "build" / "screenshots" / "lab.png")
-    assert [line for text in outputs.all_inner_texts() for line in text.splitlines() if line.startswith("PASS")] == expected
+    outputs = page.locator(".jp-OutputArea-output").all_inner_texts()
+    assert [line for text in outputs for line in text.splitlines() if line.startswith("PASS")] == expected
+    page.close()
+
+
+def test_the_slider_changes_the_picture(browser, lab):
+    """Of 05 the cells that the slider needs, at the one length that it shows."""
+    notebook = load("05_depth_extrapolation")
+    needed = ("import os", "seed = 0", "model = OpenMythos", "batch, right_answers", "def after", "def slider")
+    notebook.cells = [cell for cell in notebook.cells if cell.source.startswith(needed)]
+    assert len(notebook.cells) == len(needed)
+    notebook.cells[1].source += "\nlengths = [64]"
+    page = run_all(browser, lab(notebook, "05"), ".widget-interact img")
+    picture, handle = page.locator(".widget-interact img"), page.locator(".widget-interact [role=slider]")
+    for key in ("End", "Home"):
+        before, loops = picture.get_attribute("src"), 1 if key == "Home" else int(float(handle.get_attribute("aria-valuemax")))
+        handle.press(key)
+        expect(picture).not_to_have_attribute("src", before, timeout=30_000)
+        expect(page.locator(".widget-interact .widget-readout")).to_have_text(str(loops))
+    page.screenshot(path=ROOT / "build" / "screenshots" / "slider.png")
     page.close()
