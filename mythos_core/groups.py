@@ -97,8 +97,8 @@ def group(name: str) -> Group:
                 index[product] = len(elements)
                 elements.append(product)
                 origin.append((index[a], s))
-        right.append([index[tuple(generator[x] for x in a)] for generator in made])
-    right, table = torch.tensor(right), torch.arange(len(elements)).expand(len(elements), -1).T.contiguous()
+            right.append(index[product])
+    right, table = torch.tensor(right).view(-1, len(made)), torch.arange(len(elements)).expand(len(elements), -1).T.contiguous()
     for b, (a, s) in enumerate(origin[1:], 1):
         table[:, b] = right[table[:, a], s]                      # x (a s) = (x a) s
     return Group(name, elements, table, [index[generator] for generator in made])

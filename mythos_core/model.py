@@ -94,10 +94,6 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
         free.load_state_dict({name: weight for name, weight in self.state_dict().items() if not name.startswith("recurrent.act.")})
         return free.eval()
 
-    def balance(self):
-        """Update the experts' routing bias; called once after each optimiser step."""
-        self.recurrent.block.ffn.balance()
-
     @torch.no_grad()
     def generate(self, ids: Tensor, max_new_tokens: int = 64, n_loops: int = 8, temperature: float = 1.0, top_k: int = 50,
                  generator: torch.Generator | None = None, use_cache: bool = True, cache_loops: int | None = None,

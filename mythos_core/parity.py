@@ -6,8 +6,7 @@ from torch import Tensor
 
 from mythos_core.groups import group
 
-Z2 = group("Z2")
-make_batch, answers = Z2.make_batch, Z2.answers
+make_batch, answers = group("Z2").make_batch, group("Z2").answers
 
 
 def continuation(ids: Int[Tensor, "batch seq"], n: int) -> Int[Tensor, "batch new"]:

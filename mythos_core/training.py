@@ -149,8 +149,7 @@ def train_all(jobs: list[tuple[Recipe | str, int]], progress: bool = True) -> li
     """The runs of several (recipe, seed), in the order given: one for each of torch's threads at a time, in fresh processes of one thread
     each, so that the numbers do not depend on the machine's cores."""
     with ProcessPoolExecutor(torch.get_num_threads(), get_context("spawn")) as pool:
-        trained = pool.map(_train_alone, *zip(*jobs))
-        return [pickle.loads(run) for run in tqdm(trained, total=len(jobs), unit="run", disable=not progress)]
+        return [pickle.loads(run) for run in tqdm(pool.map(_train_alone, *zip(*jobs)), total=len(jobs), unit="run", disable=not progress)]
 
 
 def _train_alone(recipe: Recipe | str, seed: int) -> bytes:
@@ -178,7 +177,7 @@ def _loop(run: Run, optimizer, checkpoint, progress):
     start, shown = time.perf_counter() - before, {}
     with tqdm(total=recipe.steps, initial=len(run.history), desc=f"{recipe.name} seed {run.seed}", disable=not progress) as bar:
         for step in range(len(run.history), recipe.steps):
-            torch.manual_seed(_step_seed(run.seed, step))
+            torch.manual_seed((run.seed * 1_000_003 + step + 1) % 2 ** 32)
             row = {"step": step, **_step(run.model, optimizer, recipe, step)}
             if (step + 1) % EVAL_EVERY == 0 or step + 1 == recipe.steps:
                 row |= {"held_out": held_out(run.model, recipe), "router_bias": run.model.recurrent.block.ffn.router_bias.tolist()}
@@ -189,10 +188,6 @@ def _loop(run: Run, optimizer, checkpoint, progress):
             if checkpoint and (step + 1) % SAVE_EVERY == 0:
                 _save(checkpoint, run, optimizer)
     run.model.eval()
-
-
-def _step_seed(seed: int, step: int) -> int:
-    return (seed * 1_000_003 + step + 1) % 2 ** 32
 
 
 def _step(model, optimizer, recipe, step) -> dict:
@@ -217,7 +212,7 @@ def _step(model, optimizer, recipe, step) -> dict:
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
     optimizer.step()
-    model.balance()
+    model.recurrent.block.ffn.balance()
     return {"loss": loss.item(), "accuracy": (logits.argmax(-1) == targets).float().mean().item()}
 
 
@@ -357,8 +352,7 @@ def main(argv=None):
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     args = parser.parse_args(argv)
     try:
-        recipe = get_recipe(args.recipe)
-        recipe = replace(recipe, steps=args.steps) if args.steps else recipe
+        recipe = replace(get_recipe(args.recipe), **({"steps": args.steps} if args.steps else {}))
         run = train(recipe, args.seed, args.device, out=args.out, resume=args.resume)
     except (ValueError, OSError, FloatingPointError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")

@@ -19,7 +19,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 NAMES = ["01_model_sizes", "02_kv_cache", "03_spectral_stability", "04_training", "05_depth_extrapolation", "06_act_halting",
-         "07_moe_utilization", "08_generation"]
+         "07_moe_utilization", "08_generation", "09_state_tracking"]
 BENCH = {"bench", "bench_scaling"}      # by `make bench`: test_readme.py has them
 REPOSITORY = re.search(r'Repository = "(.*?)"', (ROOT / "pyproject.toml").read_text()).group(1)
 

@@ -43,6 +43,12 @@ def stops():
     return f"stops {late:.1f} loops after the answer at 256 bits, every string right on {right} of {len(rows)} seeds"
 
 
+def tracked():
+    rows = study.load(study.RESULTS / "states.json")
+    counts = {name: sum(row["whole"]["256"] == 1 for row in rows if row["variant"] == name) for name in ("Z2", "Z5", "S3", "A5", "S5")}
+    return "all strings of 256 whole: " + ", ".join(f"{name} on {count}" for name, count in counts.items()) + " of 5 seeds"
+
+
 def generation(bits, loops):
     d = figure("generation_exact_match")
     return d["exact_match"][d["prompt_bits"].index(bits)][d["loops"].index(loops)]
@@ -68,6 +74,7 @@ CLAIMS = {
     "scan": lambda: f"{figure('log_loops')['scan_needed']['1024']} loops for 1,024 bits",
     "balance": lambda: "from {:.2f} to {:.2f}".format(*(mean(figure("balance")[f"{k}_violation"]) for k in ("off", "on"))),
     "stops": stops,
+    "tracked": tracked,
     "generation": lambda: f"{percent(generation(64, 16))} at 16 loops, {percent(generation(64, 96))} at 96",
     "article": lambda: f"article: {percent(sum(figure('training_article')['token_accuracy'][-50:]) / 50)} of tokens",
 }

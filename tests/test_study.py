@@ -13,6 +13,7 @@ from conftest import tiny
 
 from mythos_core import OpenMythos, study
 from mythos_core.config import MythosConfig
+from mythos_core.groups import group
 from mythos_core.model import PRETRAINED, shipped
 from mythos_core.parity import answers, make_batch, structured
 from mythos_core.probes import depth_sweep, halting_map
@@ -24,7 +25,7 @@ def defined(notebook):
     """What a notebook imports and defines, none of it run."""
     space = {}
     for cell in nbformat.read(notebook, 4).cells:
-        if cell.cell_type == "code" and cell.source.startswith(("from", "def", "@", "RULES")):
+        if cell.cell_type == "code" and cell.source.startswith(("from", "def", "class", "@", "RULES")):
             exec(cell.source, space)
     return SimpleNamespace(**space)
 
@@ -97,7 +98,7 @@ def test_ponder_net_loss_is_its_definition():
     assert not torch.equal(*(model.embed.weight for model in models))
 
 
-@pytest.fixture(params=["reach", "ablations", "halting", "exits", "experts", "generation", "pace"])
+@pytest.fixture(params=["reach", "ablations", "halting", "exits", "experts", "generation", "states", "gru", "pace"])
 def committed(request):
     return study.load(study.RESULTS / f"{request.param}.json")
 
@@ -144,8 +145,8 @@ def test_the_shipped_models_are_the_median_seeds():
             "parity-halting": study.load(study.RESULTS / "halting.json")}
     values = {"parity-extrapolating": lambda row: row["needed"]["256"]["random"], "parity-seed": lambda row: row["executed"],
               "parity-halting": lambda row: row["halting"]["256"]["stopped"] - row["halting"]["256"]["needed"]}
-    assert set(shipped()) == set(rows)
-    for name in shipped():
+    assert set(shipped()) == set(rows) | {f"state-{name}" for name in ("Z5", "S3", "A5", "S5")}
+    for name in rows:
         about = json.loads((PRETRAINED / name / "config.json").read_text())["provenance"]
         assert about["seed"] == median_seed(rows[name], values[name])
         assert about["recipe"] | {"config": None} == as_kept(get_recipe(name), about["recipe"]) | {"config": None}
@@ -159,6 +160,52 @@ def test_the_shipped_model_does_what_its_committed_row_says():
         ids = make_batch(16, length, torch.Generator().manual_seed(length))[0]
         needed = depth_sweep(model, ids, answers(ids), length).loops_needed.amax(1).float().mean().item()
         assert needed == pytest.approx(row["needed"][str(length)]["random"], rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["Z5", "S3", "A5", "S5"])
+def test_the_best_seed_of_each_group_ships_and_is_right(name):
+    about = json.loads((PRETRAINED / f"state-{name}" / "config.json").read_text())["provenance"]
+    rows = [row for row in study.load(study.RESULTS / "states.json") if row["variant"] == name]
+    most_right = max(rows, key=lambda row: (row["whole"]["256"], sum(row["structured"]["256"].values()), -row["seed"]))
+    assert about["seed"] == most_right["seed"] and about["command"].startswith(f"python -m mythos_core.training --recipe state-{name} --seed")
+    model, recipe = OpenMythos.from_pretrained(f"state-{name}"), get_recipe(f"state-{name}")
+    ids, targets = recipe.make_batch(16, 64, torch.Generator().manual_seed(2 ** 20))
+    assert (model(ids, 96).argmax(-1) == targets).all()
+
+
+@pytest.mark.parametrize("name", ["Z2", "Z5", "S3", "A5", "S5"])
+def test_five_seeds_track_each_group_to_256_elements(name):
+    rows = [row for row in study.load(study.RESULTS / "states.json") if row["variant"] == name]
+    assert [row["seed"] for row in rows] == list(range(5))
+    assert sum(row["whole"]["256"] >= 0.99 for row in rows) >= 4
+
+
+def test_states_row_is_what_a_model_that_looks_at_every_letter_gets_right():
+    class Counter(torch.nn.Module):
+        """Right but for the moves by element 1 from element 1, after which it stays wrong."""
+
+        def forward(self, ids, n_loops):
+            answers = group("S3").answers(ids)
+            missed = ((answers[:, :-1] == 2) & (ids[:, 1:] == 2)).cumsum(1) > 0
+            answers[:, 1:] = torch.where(missed, 0, answers[:, 1:])
+            return torch.nn.functional.one_hot(answers, 7)
+
+    row = measures.states_row(SimpleNamespace(model=Counter(), recipe=get_recipe("state-S3")))
+    assert row["moves"] == 36 and row["moves_wrong"] == 1 and row["needed"] == {}
+    for length in ("16", "64", "256"):
+        places = [int(length) if at is None else at for at in row["first_wrong"][length]]
+        assert row["token"][length] == pytest.approx(sum(places) / 32 / int(length)) and row["whole"][length] == places.count(int(length)) / 32
+        assert row["structured"][length]["all zeros"]            # the identity throughout
+
+
+def test_a_gru_has_the_parameters_of_the_model_it_is_compared_with_and_learns():
+    recipe = replace(study.variant("Z2"), steps=150)
+    run = measures.train_gru(recipe, 0)
+    of_gru, of_model = (sum(p.numel() for p in m.parameters()) for m in (run.model, OpenMythos(recipe.config)))
+    assert 0.97 < of_gru / of_model <= 1
+    ids, targets = recipe.make_batch(64, 12, torch.Generator().manual_seed(0))
+    assert (run.model(ids).argmax(-1) == targets).float().mean() > 0.9
+    assert torch.equal(run.model.head.weight, measures.train_gru(recipe, 0).model.head.weight)
 
 
 def test_positions_stop_by_themselves_on_five_seeds():
