@@ -18,7 +18,7 @@ from workloads import Pair, cache_bytes, decode, forward, mixture, training_peak
 
 from mythos_core import OpenMythos
 from mythos_core.parity import make_batch
-from mythos_core.training import _step_seed, draw, get_recipe, train
+from mythos_core.training import draw, get_recipe, train
 
 ROUNDS = 21
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))]
@@ -120,15 +120,15 @@ def test_the_recipe_is_right_in_10_s(rows):
 
 
 def recipe_operations(recipe, seed, steps) -> int:
-    """Operations of the first steps of a training: each loop costs the same, so two counts give those of a length."""
+    """Operations of so many steps, drawn as a training draws them: each loop costs the same, so two counts give those of a length."""
     model = OpenMythos(recipe.config)
 
     def count(length, loops):
         ids, targets = make_batch(recipe.batch, length)
         return machine.operations(lambda: F.cross_entropy(model(ids, loops).flatten(0, 1), targets.flatten()).backward())
     count, total = cache(count), 0
+    torch.manual_seed(seed)
     for step in range(steps):
-        torch.manual_seed(_step_seed(seed, step))
         length, loops = draw(recipe, step)
         total += count(length, 1) + (loops - 1) * (count(length, 2) - count(length, 1))
     return total
