@@ -137,7 +137,7 @@ class MLA(nn.Module):
         turned = rotate(torch.cat([q[..., nope:], k_rope.unsqueeze(2)], 2), ctx.rope)       # (B, S, H + 1, rope): the heads' queries, and the key
         up_k, up_v = self.kv_up.weight.unflatten(0, (c.n_heads, -1)).split([nope, c.v_head_dim], 1)  # (H, nope | v, rank)
         q = torch.cat([torch.einsum("bshn,hnr->bshr", q[..., :nope], up_k), turned[:, :, :-1]], -1)
-        k = torch.cat([self.kv_norm(latent), turned[:, :, -1]], -1).unsqueeze(1)                      # (B, 1, S, rank + rope)
+        k = torch.cat([self.kv_norm(latent), turned[:, :, -1]], -1).unsqueeze(1)            # (B, 1, S, rank + rope)
         k = ctx.remember(layer, "latent", k, c.window and c.window - 1)
         out = attend(q.transpose(1, 2), k, k[..., :c.kv_lora_rank], ctx, c.window, (nope + c.qk_rope_head_dim) ** -0.5,
                      c.dropout if self.training else 0.0)                                   # (B, H, S, rank)

@@ -331,7 +331,7 @@ def _save(checkpoint: Path, run: Run, optimizer):
 
 def _load(checkpoint: Path, run: Run, optimizer):
     try:
-        saved = torch.load(checkpoint, weights_only=True)
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except Exception as error:                                   # which, depends on where it is torn
         raise OSError(f"{checkpoint}: damaged: {error}") from error
     for name, value in {"recipe": json.dumps(asdict(run.recipe)), "seed": run.seed}.items():
