@@ -5,8 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
-WORKERS ?= 1
+WORKERS ?= 2
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=300
+
+# Notebooks are tested and published on one thread each: how many there are decides how sums are rounded, and so what a training becomes.
+test test-notebooks publish: export OMP_NUM_THREADS := 1
 
 .PHONY: tutorial test test-notebooks test-browser test-colab test-floors bench lab site publish lint clean
 
@@ -25,10 +28,10 @@ tutorial: $(VENV)/installed
 	MYTHOS_FIGURES=$(CURDIR)/build/figures $(BIN)/python -m mythos_core.batch $(NOTEBOOKS) --workers $(WORKERS) --out build/tutorial
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest tests notebooks --ignore tests/browser --ignore tests/test_colab.py $(NBVAL) -m "not training"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests notebooks --ignore tests/browser --ignore tests/test_colab.py $(NBVAL) -m "not training"
 
 test-notebooks: $(VENV)/installed
-	$(BIN)/python -m pytest tests/test_notebooks.py notebooks $(NBVAL)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/test_notebooks.py notebooks $(NBVAL)
 
 test-browser: site
 	$(BIN)/python -m pytest tests/browser

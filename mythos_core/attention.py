@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mythos_core.cache import KVCache
 from mythos_core.config import MythosConfig
-from mythos_core.layers import NORM_EPS, rope_table, rotate
+from mythos_core.layers import NORM_EPS, RMSNorm, rope_table, rotate
 
 BLOCK = 16  # queries of one block of windowed attention: a block reads BLOCK + window - 1 keys
 SHORT = 32  # queries up to which `few` is taken: on CPU twice as fast as `scaled_dot_product_attention` at 12 to 24, at 32 no longer
@@ -125,7 +125,7 @@ class MLA(nn.Module):
         super().__init__()
         c = self.config = config
         self.down = nn.Linear(c.dim, c.q_lora_rank + c.kv_lora_rank + c.qk_rope_head_dim, bias=False)
-        self.q_norm, self.kv_norm = nn.RMSNorm(c.q_lora_rank, NORM_EPS), nn.RMSNorm(c.kv_lora_rank, NORM_EPS)
+        self.q_norm, self.kv_norm = RMSNorm(c.q_lora_rank, NORM_EPS), RMSNorm(c.kv_lora_rank, NORM_EPS)
         self.q_up = nn.Linear(c.q_lora_rank, c.n_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim), bias=False)
         self.kv_up = nn.Linear(c.kv_lora_rank, c.n_heads * (c.qk_nope_head_dim + c.v_head_dim), bias=False)
         self.out = nn.Linear(c.n_heads * c.v_head_dim, c.dim, bias=False)

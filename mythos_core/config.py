@@ -119,8 +119,7 @@ def tutorial_config(attn_type: str, **changes) -> MythosConfig:
 
 def parity_config(**changes) -> MythosConfig:
     """The article's parity model: GQA, dim 64, up to 16 loops, 112,002 parameters."""
-    small = dict(vocab_size=64, dim=64, max_loop_iters=16, expert_dim=32, lora_rank=4)
-    return tutorial_config("gqa", **{**small, **changes})
+    return tutorial_config("gqa", **{"vocab_size": 64, "dim": 64, "max_loop_iters": 16, "expert_dim": 32, "lora_rank": 4, **changes})
 
 
 #: The variants that open-mythos 0.5.0 publishes, by name, from published.json, which has what differs from the defaults. For counting:

@@ -10,15 +10,10 @@ import torch
 #: Okabe and Ito's colour-blind safe palette (and Tol's wine), one colour for one thing in every notebook.
 COLOURS = {"article": "#D55E00", "extrapolating": "#0072B2", "scan": "#882255", "gqa": "#E69F00", "mla": "#009E73", "reference": "#999999", "accent": "#CC79A7"}
 
-STYLE = {
-    "figure.figsize": (7, 3.6), "figure.dpi": 100, "savefig.dpi": 130, "figure.constrained_layout.use": True,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "axes.titlesize": 11, "axes.titleweight": "bold",
-    "axes.titlelocation": "left", "axes.labelsize": 10, "legend.frameon": False, "legend.fontsize": 9, "lines.linewidth": 2, "image.cmap": "cividis"}
-
 
 def use_house_style():
-    """Set matplotlib's defaults for this session."""
-    plt.rcParams.update(STYLE)
+    """Set matplotlib's defaults for this session, as house.mplstyle beside this module has them."""
+    plt.style.use(Path(__file__).with_name("house.mplstyle"))
 
 
 def folder() -> Path:
@@ -31,8 +26,7 @@ def save(fig, name: str, alt: str, **numbers) -> None:
     """Write NAME.png, and NAME.json with the alternative text and the numbers plotted (6 significant digits)."""
     folder().mkdir(parents=True, exist_ok=True)
     fig.savefig(folder() / f"{name}.png", metadata={"Software": None})
-    text = json.dumps({"alt": alt, **_plain(numbers)}, indent=1)
-    (folder() / f"{name}.json").write_text(text + "\n")
+    (folder() / f"{name}.json").write_text(json.dumps({"alt": alt, **_plain(numbers)}, indent=1) + "\n")
 
 
 def _plain(value):

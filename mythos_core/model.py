@@ -15,7 +15,7 @@ from torch import Tensor
 from mythos_core.attention import Context
 from mythos_core.cache import KVCache
 from mythos_core.config import MythosConfig
-from mythos_core.layers import NORM_EPS
+from mythos_core.layers import NORM_EPS, RMSNorm
 from mythos_core.recurrence import Observer, RecurrentBlock, TransformerBlock
 
 PRETRAINED = Path(__file__).parent / "pretrained"
@@ -37,7 +37,7 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
         self.prelude = nn.ModuleList(TransformerBlock(config) for _ in range(config.prelude_layers))
         self.recurrent = RecurrentBlock(config)
         self.coda = nn.ModuleList(TransformerBlock(config) for _ in range(config.coda_layers))
-        self.norm = nn.RMSNorm(config.dim, NORM_EPS)
+        self.norm = RMSNorm(config.dim, NORM_EPS)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.head.weight = self.embed.weight
         self._init_weights()

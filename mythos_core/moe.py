@@ -67,12 +67,14 @@ class MoE(nn.Module):
         return ((F.silu(gate) * up).unflatten(-1, (self.config.n_experts, -1)) * weight).flatten(-2) @ self.down.flatten(0, 1)
 
     def _grouped(self, x, ids, gates):
-        """Token copies sorted by expert, then one grouped product a matrix: only the chosen experts are computed."""
+        """Token copies sorted by expert, then grouped products: only the chosen experts are computed. All gates' and all ups' are one, for
+        which the copies are there twice: that costs less than the gradients of two products, which would be put together anew."""
         order = ids.flatten().argsort(stable=True)
         token = order // self.config.n_experts_per_tok
         ends = _count(ids, self.config.n_experts).cumsum(0, dtype=torch.int32)
-        copies, down = x[token], self.down.to(x.dtype)           # (N k, dim); autocast does not know this product
-        gate, up = (F.grouped_mm(copies, weight.mT, offs=ends) for weight in self.gate_up.to(x.dtype))
+        gate_up, down = self.gate_up.to(x.dtype).flatten(0, 1), self.down.to(x.dtype)       # autocast does not know this product
+        copies = x.index_select(0, torch.cat([token, token]))                               # (2 N k, dim)
+        gate, up = F.grouped_mm(copies, gate_up.mT, offs=torch.cat([ends, ends + len(token)])).chunk(2)
         hidden = F.silu(gate) * up * gates.flatten()[order].unsqueeze(-1)                   # (N k, expert_dim)
         return torch.zeros_like(x).index_add(0, token, F.grouped_mm(hidden.to(x.dtype), down, offs=ends))
 

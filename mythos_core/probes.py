@@ -54,10 +54,8 @@ def cache_bytes(config: MythosConfig, tokens: int, n_loops: int, batch: int = 1,
         rope_key_per_head: what MLA costs if every head stores its own copy of the shared RoPE key, as open-mythos 0.5.0 does.
     """
     c = config
-    if c.attn_type == "gqa":
-        width = 2 * c.n_kv_heads * (c.dim // c.n_heads)
-    else:
-        width = c.kv_lora_rank + c.qk_rope_head_dim * (c.n_heads if rope_key_per_head else 1)
+    latent = c.kv_lora_rank + c.qk_rope_head_dim * (c.n_heads if rope_key_per_head else 1)
+    width = latent if c.attn_type == "mla" else 2 * c.n_kv_heads * (c.dim // c.n_heads)
     held = tokens if c.window is None else min(tokens, c.window - 1)
     shift = sum(min(tokens, c.shift_growth ** t) for t in range(n_loops)) * c.dim // 2 if c.token_shift else 0
     halt = n_loops * min(tokens, 1) * c.dim if c.halting == "learned" else 0

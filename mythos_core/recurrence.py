@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mythos_core.attention import GQA, MLA, Context
 from mythos_core.config import MythosConfig
-from mythos_core.layers import NORM_EPS, SwiGLU
+from mythos_core.layers import NORM_EPS, RMSNorm, SwiGLU
 from mythos_core.moe import MoE
 
 
@@ -36,7 +36,7 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, config: MythosConfig, moe: bool = False):
         super().__init__()
-        self.attn_norm, self.ffn_norm = nn.RMSNorm(config.dim, NORM_EPS), nn.RMSNorm(config.dim, NORM_EPS)
+        self.attn_norm, self.ffn_norm = RMSNorm(config.dim, NORM_EPS), RMSNorm(config.dim, NORM_EPS)
         self.attn = (GQA if config.attn_type == "gqa" else MLA)(config)
         self.ffn = MoE(config) if moe else SwiGLU(config.dim, config.dim * 4 // 3)
         self.dropout = config.dropout
@@ -218,9 +218,9 @@ class RecurrentBlock(nn.Module):
     def __init__(self, config: MythosConfig):
         super().__init__()
         self.config = config
-        self.norm, self.block = nn.RMSNorm(config.dim, NORM_EPS), TransformerBlock(config, moe=True)
+        self.norm, self.block = RMSNorm(config.dim, NORM_EPS), TransformerBlock(config, moe=True)
         self.injection = LTIInjection(config.dim)
-        self.loop_norm = nn.RMSNorm(config.dim, NORM_EPS) if config.loop_norm else nn.Identity()
+        self.loop_norm = RMSNorm(config.dim, NORM_EPS) if config.loop_norm else nn.Identity()
         self.lora = LoopLoRA(config.dim, config.lora_rank, config.max_loop_iters) if config.lora_rank else None
         self.act = None if config.halting == "none" else (LearnedHalting if config.halting == "learned" else ACTHalting)(config)
 
@@ -251,16 +251,17 @@ class RecurrentBlock(nn.Module):
     def forward(self, e: Float[Tensor, "batch seq dim"], n_loops: int, ctx: Context, observer: Observer | None = None):
         """The halting-weighted sum of h_1 .. h_T, or h_T with halting off, as in training with "learned"; both (B, S, dim).
 
-        Without a cache the loop ends when every position has halted, which changes no output. With one, every loop runs with
-        ACT: a later token may loop longer, and then reads what these positions left at every loop. With "learned" halting a
-        stopped position comes to rest (`Rest`), and is not computed where nothing reads it; loops that only see resting
-        positions would write the same again into a cache, so they are not run but repeated.
+        Without a cache the loop ends when every position has halted, which changes no output; under `torch.compile` every loop runs
+        with ACT, since one graph cannot ask for a value. With a cache too: a later token may loop longer, and then reads what these
+        positions left at every loop. With "learned" halting a stopped position comes to rest (`Rest`), and is not computed where nothing
+        reads it; loops that only see resting positions would write the same again into a cache, so they are not run but repeated.
         """
         h, weighted, total = self._start(e), torch.zeros_like(e), e.new_zeros(e.shape[:2], dtype=torch.float32)
         act, rest, expert_ids = self.act, None, None
         if isinstance(act, LearnedHalting):
             act, rest = (None, None) if self.training else (act, Rest(self.config, ctx, e))
         step = partial(self.step, fixed=self.fixed(n_loops, e))
+        may_end = act is not None and ctx.cache is None and not torch.compiler.is_compiling()
         for t in range(n_loops):
             h, expert_ids = step(h, e, t, ctx) if rest is None else rest.step(step, h, e, t, expert_ids)
             output, p, weight = h, None, None
@@ -272,6 +273,6 @@ class RecurrentBlock(nn.Module):
                 weight = weight if left is None or t < n_loops - 1 else weight + left
             if observer is not None:
                 observer(LoopRecord(t, h, output, expert_ids, p, weight, rest.first if rest else 0))
-            if (act and ctx.cache is None and bool((total >= act.threshold).all())) or (rest and rest.after(t, total, n_loops)):
+            if (may_end and bool((total >= act.threshold).all())) or (rest and rest.after(t, total, n_loops)):
                 break
         return output

@@ -65,28 +65,18 @@ class Recipe:
         return partial(group(self.group).make_batch, generators=self.generators)
 
 
+#: What the recipes share that make a model extrapolate: the model, and its training.
+_MODEL = dict(vocab_size=4, max_seq_len=4096, halting="none", loop_embedding=False, lora_rank=0, token_shift=True, init_std=64 ** -0.5)
+_TRAINING = dict(batch=40, lr=2e-3, betas=(0.9, 0.98), warmup=50, decay=0.8, lengths=(9, 16), curriculum=0.25, loops=(1, 16), strings="mixed", reach=1.5)
 RECIPES = {recipe.name: recipe for recipe in (
     Recipe("parity-seed", parity_config()),
-    Recipe("parity-extrapolating",
-           parity_config(vocab_size=4, max_seq_len=4096, halting="none", loop_embedding=False, lora_rank=0, window=4, token_shift=True,
-                         init_std=64 ** -0.5, loop_noise=0.3, start_noise=4.0),
-           batch=40, lr=2e-3, betas=(0.9, 0.98), warmup=50, decay=0.8, lengths=(9, 16), curriculum=0.25, loops=(1, 16),
-           strings="mixed", reach=1.5),
-    Recipe("parity-scan",
-           parity_config(vocab_size=4, max_seq_len=4096, halting="none", loop_embedding=False, lora_rank=0, window=1, token_shift=True,
-                         shift_growth=2, init_std=64 ** -0.5, loop_noise=0.4, carry=False),
-           steps=900, batch=32, lr=2e-3, betas=(0.9, 0.98), warmup=50, decay=0.4, lengths=(2, 16), curriculum=0.25, loops=(1, 5),
-           strings="mixed", reach=1.0),
-    Recipe("parity-halting",
-           parity_config(vocab_size=4, max_seq_len=4096, halting="learned", loop_embedding=False, lora_rank=0, window=4, token_shift=True,
-                         init_std=64 ** -0.5, loop_noise=0.3, start_noise=4.0, act_threshold=0.9),
-           steps=1000, batch=40, lr=2e-3, betas=(0.9, 0.98), warmup=50, decay=0.8, lengths=(9, 16), curriculum=0.15, loops=(1, 16),
-           strings="mixed", reach=1.5, halting_loss="follows"),
-    *(Recipe(f"state-{name}",
-             parity_config(vocab_size=len(group(name)) + 1, expert_dim=128, max_seq_len=4096, halting="none", loop_embedding=False, lora_rank=0, window=2,
-                           token_shift=True, init_std=64 ** -0.5, loop_noise=0.1, start_noise=1.0),
-             steps=steps, batch=40, lr=2e-3, betas=(0.9, 0.98), warmup=50, decay=0.7, lengths=(9, 16), curriculum=0.3, loops=(1, 16),
-             group=name, generators=len(group(name)) > 50, strings="mixed", reach=1.0)
+    Recipe("parity-extrapolating", parity_config(**_MODEL, window=4, loop_noise=0.3, start_noise=4.0), **_TRAINING),
+    Recipe("parity-scan", parity_config(**_MODEL, window=1, shift_growth=2, loop_noise=0.4, carry=False),
+           steps=900, **{**_TRAINING, "batch": 32, "decay": 0.4, "lengths": (2, 16), "loops": (1, 5), "reach": 1.0}),
+    Recipe("parity-halting", parity_config(**{**_MODEL, "halting": "learned"}, window=4, loop_noise=0.3, start_noise=4.0, act_threshold=0.9),
+           steps=1000, **{**_TRAINING, "curriculum": 0.15}, halting_loss="follows"),
+    *(Recipe(f"state-{name}", parity_config(**{**_MODEL, "vocab_size": len(group(name)) + 1}, expert_dim=128, window=2, loop_noise=0.1, start_noise=1.0),
+             steps=steps, **{**_TRAINING, "decay": 0.7, "curriculum": 0.3, "reach": 1.0}, group=name, generators=len(group(name)) > 50)
       for name, steps in {"Z2": 600, "Z5": 1500, "S3": 1500, "A5": 2200, "S5": 3200}.items()),
 )}
 

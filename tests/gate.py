@@ -66,7 +66,7 @@ def arithmetic() -> str:
     kind = str([found.get(key) for key in ("brand_raw", "family", "model", "stepping")])
     processor = hashlib.sha256(kind.encode()).hexdigest()[:8]
     versions = ", ".join(f"{package.__name__} {package.__version__}" for package in (torch, np, matplotlib))
-    return f"{versions}, {torch.backends.cpu.get_cpu_capability()}, processor {processor}"
+    return f"{versions}, {torch.backends.cpu.get_cpu_capability()}, processor {processor}, threads {torch.get_num_threads()}"
 
 
 def differences(committed, fresh, where="", here=True) -> list[str]:

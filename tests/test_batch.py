@@ -40,7 +40,8 @@ DECLARE = f"from IPython.display import display\ndef results(**values):\n    dis
 def good(tmp_path):
     claims = "assert seed < 11, 'too large'\nprint('PASS  seed', seed)\nprint('PASS  name', name)"
     return write(tmp_path / "good.ipynb", ("seed = 0\nname = 'a'\nrate = 0.5\nnone = None\nparts = [1]", "parameters"), (DECLARE,),
-                 ("import os\nresults(score=seed / 2, threads=os.environ['OMP_NUM_THREADS'])\nos.write(2, b'of the kernel')",), (claims, "claims"),
+                 ("import os\nresults(score=seed / 2, threads=os.environ['OMP_NUM_THREADS'], trims='MALLOC_TRIM_THRESHOLD_' in os.environ)\n"
+                  "os.write(2, b'of the kernel')",), (claims, "claims"),
                  ("results(whole={'16': 1.0, '64': seed / 10})",))
 
 
@@ -138,7 +139,7 @@ def test_24_runs_on_two_workers_and_again(tmp_path, good, capsys, monkeypatch):
         assert set(run["versions"]) == {"python", "torch", "numpy"} and len(run["commit"]) == 40 and len(run["fingerprint"]) == 2
         if seed < 11:
             assert (run["status"], run["error"], run["claims"]) == ("passed", None, 2)
-            assert run["results"] == {"score": seed / 2, "threads": "3", "whole": {"16": 1.0, "64": seed / 10}}
+            assert run["results"] == {"score": seed / 2, "threads": "3", "trims": False, "whole": {"16": 1.0, "64": seed / 10}}
             assert (folder / "stdout.txt").read_text().splitlines() == [f"PASS  seed {seed}", f"PASS  name {run['parameters']['name']}"]
         else:
             assert (run["status"], run["error"], run["claims"]) == ("failed", "AssertionError: too large", 0)

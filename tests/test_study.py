@@ -240,7 +240,7 @@ def test_every_variant_was_run_with_five_seeds_and_none_left_out():
     assert all(found == list(range(5)) for found in seeds.values()), seeds
 
 
-@pytest.mark.parametrize("measure", ["halting", "exits", "experts", "generation"])
+@pytest.mark.parametrize("measure", ["halting", "exits", "experts", "generation", "states", "gru"])
 def test_every_comparison_has_five_seeds_and_none_left_out(measure):
     rows = study.load(study.RESULTS / f"{measure}.json")
     assert [(row["variant"], row["seed"]) for row in rows] == [(name, seed) for name in sorted(study.MEASURED[measure], key=list(study.VARIANTS).index)

@@ -17,6 +17,7 @@ from table import Row, write
 from workloads import Pair, cache_bytes, decode, forward, mixture, training_peak, training_step
 
 from mythos_core import OpenMythos
+from mythos_core.config import parity_config
 from mythos_core.parity import make_batch
 from mythos_core.training import draw, get_recipe, train
 
@@ -87,6 +88,11 @@ def test_time_of_a_compiled_training_step(benchmark, rows, device, tmp_path, mon
     floor = 1e3 * machine.floor(training_step(device), device, threads)
     row = rows[COMPILED, device] = Row.of(COMPILED, device, threads, "ms", *times, 5.0 if device == "cpu" else None, floor, warm_up)
     assert row.reached, row
+
+
+def test_a_training_pass_compiles_to_one_graph_but_for_the_check_of_its_tokens():
+    found = torch._dynamo.explain(OpenMythos(parity_config()).train())(torch.ones(2, 9, dtype=torch.int64), 3)
+    assert found.graph_break_count <= 1, found.break_reasons
 
 
 def test_64_experts_cost_at_most_1_5_times_4_at_equal_compute(benchmark, rows):
