@@ -9,7 +9,7 @@ from matplotlib.path import Path
 
 from mythos_core import OpenMythos, figures, parity
 
-NAME = "parity-extrapolating"
+NAME = "parity-carrying"
 INK, QUIET, TINT, FILL = "#222222", "#5f5f5f", "#E6F1F8", figures.COLOURS["extrapolating"]
 BITS = torch.tensor([[0, 1, 1, 0, 1, 0]]) + 1
 LEFT, E, MIDDLE, H, RIGHT = 1.05, 2.95, 5.05, 7.15, 9.0         # x of what comes before the loop, of the line of e, the block, the line of h, what comes after

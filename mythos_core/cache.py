@@ -41,24 +41,26 @@ class _Strip:
 
 
 class KVCache:
-    """Keys and values of the positions read so far, one entry for each layer outside the loop and for each loop.
+    """Keys and values of the positions read so far, one entry for each layer outside the loop and for
+    each loop; of a strict model one entry for all loops, which holds the settled states.
 
-    An entry's buffer doubles when it is full, so appending a token costs amortised O(1) copies; with `capacity` known
-    it is allocated once. An entry with a window keeps only what the window can still see. Nothing counts as read until
-    the pass is over (`advance`): a pass that fails half-way leaves the cache as it was.
+    An entry's buffer doubles when it is full, so appending a token costs amortised O(1) copies; with
+    `capacity` known it is allocated once. An entry with a window keeps only what the window can still
+    see. Nothing counts as read until the pass is over (`advance`): a pass that fails half-way leaves the
+    cache as it was.
 
     Args:
         capacity: positions to allocate at first use; 0 = as many as the first pass brings.
-        loops: entries for the loop; loop t uses entry t mod `loops`, so that a position leaves what its last loops gave (Huginn,
-            Geiping et al. 2025), the size does not grow with n_loops, and n_loops >= loops may differ from pass to pass.
-            None = one for each loop: the same logits as without a cache.
+        loops: entries for the loop; loop t uses entry t mod `loops`, so that a position leaves what its
+            last loops gave (Huginn, Geiping et al. 2025), the size does not grow with n_loops, and
+            n_loops >= loops may differ from pass to pass. None = one for each loop: the same logits as
+            without a cache. A strict model has one and the same logits, and refuses another number.
 
     Attributes:
         length: positions read, the position of the next token.
-        stopped, settled: as a model that stops by itself leaves them, and with an entry for each loop: the number of loops after which
-            the last position stopped, (B, 1), and the loop from which on every later one holds the same of each position.
         nbytes: bytes of what a later token can read, over all entries; spare capacity is not counted.
-        len(cache): the number of layer-loop entries, prelude_layers + n_loops + coda_layers once filled.
+        len(cache): the number of layer-loop entries: prelude_layers + n_loops + coda_layers once filled,
+            or with a strict model prelude_layers + 1 + coda_layers.
     """
 
     def __init__(self, capacity: int = 0, loops: int | None = None):
@@ -66,7 +68,7 @@ class KVCache:
             raise ValueError(f"capacity = {capacity}: must be 0 or more")
         if loops is not None and loops < 1:
             raise ValueError(f"loops = {loops}: must be 1 or more, or None for an entry for each loop")
-        self.capacity, self.loops, self.length, self.settled, self.stopped = capacity, loops, 0, 0, 0
+        self.capacity, self.loops, self.length = capacity, loops, 0
         self._strips: dict[tuple[str, str], _Strip] = {}
         self._made_for: dict | None = None
 
@@ -77,15 +79,23 @@ class KVCache:
     def nbytes(self) -> int:
         return sum(strip.nbytes(self.length) for strip in self._strips.values())
 
-    def begin(self, **made_for):
-        """Open a pass; refuse it, with a ValueError, if it differs from the first one in any of the named things."""
-        if self.loops is not None and made_for["config"].shift_growth > 1:
-            raise ValueError(f"kv_cache.loops = {self.loops}: must be None for a model whose shift_growth = {made_for['config'].shift_growth}")
-        if self.loops is not None and (n_loops := made_for.pop("n_loops")) < self.loops:
-            raise ValueError(f"n_loops = {n_loops}: must be at least kv_cache.loops = {self.loops}, or an entry stays empty")
+    def begin(self, *, config, n_loops: int, **made_for):
+        """Open a pass; refuse it, with a ValueError, if it differs from the first one in any of the
+        named things: in n_loops only where an entry belongs to one loop."""
+        made_for["config"] = config
+        if self.loops is not None and (config.shift_growth > 1 or config.strict):
+            name = "shift_growth" if config.shift_growth > 1 else "strict"
+            value = getattr(config, name)
+            raise ValueError(f"kv_cache.loops = {self.loops}: must be None for a model whose {name} = {value}")
+        if self.loops is not None and n_loops < self.loops:
+            raise ValueError(f"n_loops = {n_loops}: must be at least kv_cache.loops = {self.loops}, "
+                             "or an entry stays empty")
+        if self.loops is None and not config.strict:
+            made_for["n_loops"] = n_loops
         for name, value in (self._made_for or {}).items():
             if made_for[name] != value:
-                raise ValueError(f"kv_cache was filled with {name} = {value}, this pass has {name} = {made_for[name]}: use a new KVCache")
+                raise ValueError(f"kv_cache was filled with {name} = {value}, this pass has {name} = "
+                                 f"{made_for[name]}: use a new KVCache")
         self._pending = made_for
         if not self.length:
             self._strips.clear()                             # left by a first pass that did not finish
@@ -96,12 +106,6 @@ class KVCache:
         if kind == "loop" and self.loops is not None:
             layer = f"loop.{int(number) % self.loops}"
         return self._strips.setdefault((layer, name), _Strip(keep)).write(x, self.length, self.capacity)
-
-    def repeat(self, layer: str, later: list[str], seq: int):
-        """Let each layer of `later` hold what `layer` was given in this pass for its `seq` positions."""
-        for name, strip in [(name, strip) for (owner, name), strip in self._strips.items() if owner == layer]:
-            for other in later:
-                self.extend(other, name, strip.newest(self.length, seq), strip.keep)
 
     def advance(self, n_positions: int):
         """Count the positions of a finished pass as read."""

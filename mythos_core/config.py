@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 ATTENTION = ("gqa", "mla")
-HALTING = ("act", "act_remainder", "learned", "none")
+HALTING = ("act", "act_remainder", "settled", "none")
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class MythosConfig:
     dim: int = 2048                  # width of the residual stream
     n_heads: int = 16                # query heads
     n_kv_heads: int = 4              # GQA: key/value heads, each shared by n_heads / n_kv_heads query heads
-    max_seq_len: int = 4096          # positions a pass may reach; longer input is refused
+    max_seq_len: int | None = 4096   # positions a pass may reach; longer input is refused. None = no limit, with rope = False
     max_loop_iters: int = 16         # loops when `n_loops` is not given; rows of the per-loop LoRA scale
     prelude_layers: int = 2          # blocks run once before the loop
     coda_layers: int = 2             # blocks run once after it
@@ -36,14 +36,16 @@ class MythosConfig:
     n_shared_experts: int = 2        # experts every token passes through, each n_experts_per_tok * expert_dim wide
     n_experts_per_tok: int = 4       # routed experts a token passes through
     expert_dim: int = 512            # hidden width of a routed expert
-    act_threshold: float = 0.99      # halting probability at which a position stops: the sum over loops, or that of two loops running with "learned"
+    act_threshold: float = 0.99      # sum of ACT's halting probabilities at which a position stops
     rope_theta: float = 500000.0     # RoPE base
     lora_rank: int = 16              # rank of the per-loop adapter (Bae et al. 2024); 0 = none
     max_output_tokens: int = 4096    # most tokens one call of `generate` may add
     dropout: float = 0.0             # on attention weights and on each residual branch, in training
 
+    strict: bool = False             # in the loop a position reads the states before it, never its own: see loop.RecurrentBlock
+    codes: int = 0                   # of a strict model without the carry: states are rounded to the nearest of so many; 0 = they are not
     halting: str = "act"             # "act": weights may sum to < 1 | "act_remainder": the last loop gets the rest (Graves 2016) |
-    #                                  "learned": each position stops at the loop where a head says that it is done | "none"
+    #                                  "settled": the loop ends when nothing changes, for strict models | "none"
     loop_embedding: bool = True      # sinusoidal loop index on the first dim // 8 channels (theta 10,000)
     window: int | None = None        # causal window: a query sees itself and window - 1 before it (Beltagy et al. 2020); None = all
     token_shift: bool = False        # in the loop, half of the channels come from the previous position (RWKV, Peng et al. 2023)
@@ -63,21 +65,22 @@ class MythosConfig:
     def __post_init__(self):
         for field in fields(self):
             self._check_type(field.name, field.type)
-        for name in ("vocab_size", "dim", "n_heads", "n_kv_heads", "max_seq_len", "max_loop_iters", "kv_lora_rank", "q_lora_rank",
+        for name in ("vocab_size", "dim", "n_heads", "n_kv_heads", "max_loop_iters", "kv_lora_rank", "q_lora_rank",
                      "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "n_experts", "n_experts_per_tok", "expert_dim", "max_output_tokens",
                      "shift_growth", "min_loops"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("prelude_layers", "coda_layers", "n_shared_experts", "lora_rank", "loop_noise", "start_noise", "balance_loss", "balance_rate"):
+        for name in ("prelude_layers", "coda_layers", "n_shared_experts", "lora_rank", "codes", "loop_noise", "start_noise", "balance_loss", "balance_rate"):
             self._require(name, getattr(self, name) >= 0, "0 or more")
         self._require("attn_type", self.attn_type in ATTENTION, f"one of {ATTENTION}")
         self._require("halting", self.halting in HALTING, f"one of {HALTING}")
-        self._require("halting", self.halting != "learned" or (not self.loop_embedding and self.shift_growth == 1),
-                      "another than 'learned' unless loop_embedding = False and shift_growth = 1: a stopped position must look the same at every later loop")
         self._require("n_experts_per_tok", self.n_experts_per_tok <= self.n_experts, f"at most n_experts = {self.n_experts}")
         self._require("act_threshold", 0 < self.act_threshold <= 1, "in (0, 1]")
         self._require("dropout", 0 <= self.dropout < 1, "in [0, 1)")
         self._require("rope_theta", self.rope_theta > 0, "above 0")
         self._require("init_std", self.init_std > 0, "above 0")
+        self._require("max_seq_len", self.max_seq_len is not None or not self.rope, "a number unless rope = False")
+        self._require("max_seq_len", self.max_seq_len is None or self.max_seq_len >= 1, "None or at least 1")
+        self._check_strict()
         self._require("window", self.window is None or self.window >= 1, "None or at least 1")
         self._require("dim", not self.token_shift or self.dim % 2 == 0, "even when token_shift is on")
         self._require("shift_growth", self.token_shift or self.shift_growth == 1, "1 when token_shift is off")
@@ -87,6 +90,18 @@ class MythosConfig:
             self._require("dim", not self.rope or self.rope_dim % 2 == 0, f"an even number times n_heads = {self.n_heads}, so that RoPE has pairs")
         else:
             self._require("qk_rope_head_dim", self.qk_rope_head_dim % 2 == 0, "even, so that RoPE has pairs")
+
+    def _check_strict(self):
+        """What a strict loop promises holds if every loop is the same map, and reads states only as the loop does."""
+        self._require("codes", not self.codes or (self.strict and not self.carry), "0 unless strict = True and carry = False")
+        self._require("halting", self.strict or self.halting != "settled", "another than 'settled' unless strict = True")
+        if not self.strict:
+            return
+        self._require("halting", self.halting in ("settled", "none"), "'settled' or 'none' when strict is on: ACT weighs states that have not settled")
+        self._require("loop_embedding", not self.loop_embedding, "False when strict is on: every loop has to be the same map")
+        self._require("lora_rank", self.lora_rank == 0, "0 when strict is on: every loop has to be the same map")
+        self._require("token_shift", not self.token_shift, "False when strict is on, which shifts the whole state")
+        self._require("loop_norm", not (self.loop_norm and self.carry), "False when strict and carry are on: the carry's factor would not be A")
 
     @property
     def rope_dim(self) -> int:

@@ -36,31 +36,14 @@ class Group:
         """`batch` random strings and their right answers.
 
         Args:
-            strings: "uniform": every element is as likely. "mixed": in half of the rows an element is not the first of the alphabet with
-                probability p, drawn for each row; half have runs, whose element changes with probability q, drawn for each row. Uniform
-                strings alone hide that a model is slow on long runs.
+            strings: of `draw_letters`.
             generators: whether the alphabet is the generators, but for the first element, which is any; or all elements everywhere.
 
         Returns:
             ids, targets: (batch, seq_len) int64 in 1 .. order; for parity, bit + 1.
         """
-        for name, value in (("batch", batch), ("seq_len", seq_len)):
-            if value < 1:
-                raise ValueError(f"{name} = {value}: must be at least 1")
-        if strings not in STRINGS:
-            raise ValueError(f"strings = {strings!r}: must be one of {STRINGS}")
         alphabet = torch.tensor(self.generators) if generators else torch.arange(len(self))
-
-        def rare():
-            """In each row, with a probability drawn for it, one of the letters 1, 2, ... at random, else 0."""
-            u, p = torch.rand(batch, seq_len, generator=generator), torch.rand(batch, 1, generator=generator)
-            return torch.where(u < p, 1 + u / p * (len(alphabet) - 1), 0).long().clamp(max=len(alphabet) - 1)   # u / p is uniform where u < p
-
-        if strings == "uniform":
-            letters = torch.randint(0, len(alphabet), (batch, seq_len), generator=generator)
-        else:
-            dense, runs = rare(), rare().cumsum(1) % len(alphabet)
-            letters = torch.where(torch.rand(batch, 1, generator=generator) < 0.5, dense, runs)
+        letters = draw_letters(len(alphabet), batch, seq_len, generator, strings)
         elements = alphabet[letters]
         if generators:
             elements[:, 0] = torch.randint(0, len(self), (batch,), generator=generator)
@@ -74,6 +57,35 @@ class Group:
             product = torch.cat([product[:, :reach], table[product[:, :-reach], product[:, reach:]]], 1)
             reach *= 2
         return product + 1
+
+
+def draw_letters(n_letters: int, batch: int, seq_len: int, generator: torch.Generator | None = None,
+                 strings: str = "uniform") -> Int[Tensor, "batch seq"]:
+    """Random strings of letters 0 .. n_letters - 1.
+
+    Args:
+        strings: "uniform": every letter is as likely. "mixed": in half of the rows a letter is not the
+            first of the alphabet with probability p, drawn for each row; half have runs, whose letter
+            changes with probability q, drawn for each row. Uniform strings alone hide that a model is
+            slow on long runs.
+    """
+    for name, value in (("batch", batch), ("seq_len", seq_len)):
+        if value < 1:
+            raise ValueError(f"{name} = {value}: must be at least 1")
+    if strings not in STRINGS:
+        raise ValueError(f"strings = {strings!r}: must be one of {STRINGS}")
+    if strings == "uniform":
+        return torch.randint(0, n_letters, (batch, seq_len), generator=generator)
+
+    def rare():
+        """In each row, with a probability drawn for it, one of the letters 1, 2, ... at random, else 0."""
+        u = torch.rand(batch, seq_len, generator=generator)
+        p = torch.rand(batch, 1, generator=generator)
+        other = 1 + u / p * (n_letters - 1)                      # u / p is uniform where u < p
+        return torch.where(u < p, other, 0).long().clamp(max=n_letters - 1)
+
+    dense, runs = rare(), rare().cumsum(1) % n_letters
+    return torch.where(torch.rand(batch, 1, generator=generator) < 0.5, dense, runs)
 
 
 @lru_cache

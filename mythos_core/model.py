@@ -1,6 +1,5 @@
 """OpenMythos: prelude, looped block, coda; generation; weights in and out."""
 import json
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +15,12 @@ from mythos_core.attention import Context
 from mythos_core.cache import KVCache
 from mythos_core.config import MythosConfig
 from mythos_core.layers import NORM_EPS, RMSNorm
-from mythos_core.recurrence import Observer, RecurrentBlock, TransformerBlock
+from mythos_core.loop import Observer, RecurrentBlock, TransformerBlock
 
 PRETRAINED = Path(__file__).parent / "pretrained"
+PIECE = 8  # positions of a strict model that are looped together behind a cache, unless n_loops says it:
+#            loops grow with them, and passes of prelude and coda become fewer
+SLOWLY = 100  # loops a position, at most, in which a strict model with the carry comes near enough to rest
 
 
 class OpenMythos(nn.Module, PyTorchModelHubMixin):
@@ -27,7 +29,8 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
         e = prelude(embed(ids));  h_0 = e;  h_{t+1} = A * h_t + B * e + block(norm(h_t + e + ...))   for t = 0 .. T - 1
         logits = head(norm(coda(ACT-weighted sum of h_1 .. h_T)))           # coda(h_T) with halting off
 
-    The head's weight is the embedding's. Same weights, any T: depth is chosen at each call.
+    The head's weight is the embedding's. Same weights, any T: depth is chosen at each call. With
+    `config.strict` the loop must settle (`RecurrentBlock`), and T is as many loops as that takes.
     """
 
     def __init__(self, config: MythosConfig):
@@ -54,22 +57,39 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
 
         Args:
             ids: (B, S) int64 tokens. Behind what `kv_cache` holds, if given: positions continue there.
-            n_loops: T >= 1; default max_loop_iters. With one cache, the same at every call.
-            kv_cache: filled in place; a cached pass is inference and records no gradient.
+            n_loops: T >= 1, the most loops; default max_loop_iters, or in a strict model as many as it
+                takes to settle. With one cache, the same at every call, unless the model is strict.
+            kv_cache: filled in place; a cached pass is inference and records no gradient. A strict model
+                reads `ids` in pieces of n_loops positions, which settle in as many loops; so its logits
+                do not depend on n_loops, and n_loops = 1 is a recurrent network, left to right.
             observer: called with a `LoopRecord` after each loop that ran.
 
         Raises:
             ValueError: before any work, the cache untouched, naming the argument, its value and what is allowed.
         """
-        n_loops = self.config.max_loop_iters if n_loops is None else n_loops
+        settles, strict = n_loops is None and self.config.strict, self.config.strict
+        if n_loops is None:
+            n_loops = PIECE if strict else self.config.max_loop_iters
         self._check(ids, n_loops, kv_cache)
-        with nullcontext() if kv_cache is None else torch.inference_mode():                 # spares each small operation its bookkeeping
-            ctx = self.context(ids, kv_cache)
-            logits = self.decode(self.recurrent(self.encode(ids, ctx), n_loops, ctx, observer), ctx)
         if kv_cache is None:
-            return logits
+            ctx = self.context(ids)
+            e = self.encode(ids, ctx)
+            if settles and observer is None:
+                return self.decode(self.recurrent.settle(e), ctx)
+            if settles:
+                n_loops = ids.shape[1] * (SLOWLY if self.config.carry else 1)
+            return self.decode(self.recurrent(e, n_loops, ctx, observer), ctx)
+        with torch.inference_mode():                             # spares small operations their bookkeeping
+            pieces = ids.split(n_loops, 1) if strict else [ids]
+            logits = [self._cached(piece, n_loops, kv_cache, observer) for piece in pieces]
+        return torch.cat(logits, 1)                              # outside: one that may be changed in place
+
+    def _cached(self, ids, n_loops, kv_cache, observer):
+        ctx = self.context(ids, kv_cache)
+        n_loops = min(n_loops, ids.shape[1]) if self.config.strict else n_loops
+        logits = self.decode(self.recurrent(self.encode(ids, ctx), n_loops, ctx, observer), ctx)
         kv_cache.advance(ids.shape[1])
-        return logits.clone()                                                               # one that may be changed in place
+        return logits
 
     def context(self, ids: Int[Tensor, "batch seq"], kv_cache: KVCache | None = None) -> Context:
         """What the layers of one pass over `ids` share."""
@@ -101,23 +121,24 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
         """`ids` (B, S) continued by `max_new_tokens` sampled tokens: (B, S + max_new_tokens).
 
         Args:
-            n_loops: loops for every token.
+            n_loops: loops for every token; a strict model reads the prompt in pieces of as many
+                positions, and then takes one loop for each token, whatever n_loops is.
             temperature: divides the logits; 0 = the most likely token.
             top_k: sample among that many most likely tokens; 0 or more than vocab_size = among all.
             generator: source of randomness; default torch's own.
             use_cache: False recomputes every token from scratch; slower, same tokens.
-            cache_loops: `KVCache.loops`: fewer entries than loops, other logits.
+            cache_loops: `KVCache.loops`: fewer entries than loops, other logits. A strict model has one anyway.
             observer: as for `forward`; sees every pass.
         """
         self._check(ids, n_loops, None)
         limits = self.config
         _require(1 <= max_new_tokens <= limits.max_output_tokens, "max_new_tokens", max_new_tokens, f"in 1 .. max_output_tokens = {limits.max_output_tokens}")
-        _require(ids.shape[1] + max_new_tokens <= limits.max_seq_len, "ids.shape[1] + max_new_tokens", ids.shape[1] + max_new_tokens,
-                 f"at most max_seq_len = {limits.max_seq_len}")
+        self._check_length("ids.shape[1] + max_new_tokens", ids.shape[1] + max_new_tokens)
         _require(temperature >= 0, "temperature", temperature, "0 or more")
         _require(top_k >= 0, "top_k", top_k, "0 or more")
         _require(use_cache or cache_loops is None, "cache_loops", cache_loops, "None if use_cache is False")
         cache = KVCache(ids.shape[1] + max_new_tokens, cache_loops) if use_cache else None
+        n_loops = None if self.config.strict and not use_cache else n_loops
         for _ in range(max_new_tokens):
             logits = self(ids[:, cache.length:] if use_cache else ids, n_loops, cache, observer)[:, -1].float()  # (B, vocab)
             ids = torch.cat([ids, _sample(logits, temperature, top_k, generator)], 1)
@@ -130,9 +151,13 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
         _require(ids.dtype == torch.int64, "ids.dtype", ids.dtype, "torch.int64")
         low, high = (int(x) for x in ids.aminmax())
         _require(low >= 0 and high < vocab, "ids", f"tokens {low} .. {high}", f"in 0 .. vocab_size - 1 = {vocab - 1}")
-        _require(start + ids.shape[1] <= self.config.max_seq_len, "sequence length", start + ids.shape[1], f"at most max_seq_len = {self.config.max_seq_len}")
+        self._check_length("sequence length", start + ids.shape[1])
         if kv_cache is not None:
             kv_cache.begin(config=self.config, batch=len(ids), n_loops=n_loops, dtype=self.embed.weight.dtype, device=ids.device)
+
+    def _check_length(self, name, length):
+        most = self.config.max_seq_len
+        _require(most is None or length <= most, name, length, f"at most max_seq_len = {most}")
 
     @classmethod
     def from_pretrained(cls, name_or_dir, *, map_location="cpu", **hub) -> "OpenMythos":

@@ -53,12 +53,18 @@ class MoE(nn.Module):
             self.load += _count(ids, c.n_experts)
         if self.training and c.balance_loss:
             self._imbalances.append(c.n_experts * (_count(ids, c.n_experts) / ids.numel() * logits.softmax(-1).mean((0, 1))).sum())
-        idle = (c.n_experts - c.n_experts_per_tok) * c.expert_dim                           # channels; few cost less than copies of a token do
-        grouped = x.numel() * idle > SORTING and idle > 40 * c.n_experts_per_tok and x.dtype != torch.float64 and x.device.type in ("cpu", "cuda")
-        out = self._grouped(x.flatten(0, 1), ids, gates).view_as(x) if grouped else self._dense(x, ids, gates)
+        out = self._grouped(x.flatten(0, 1), ids, gates).view_as(x) if self._groups(x) else self._dense(x, ids, gates)
         for expert in self.shared:
             out = out + expert(x)
         return out, ids
+
+    def _groups(self, x) -> bool:
+        """Whether to sort the tokens by expert: where that is cheaper. Not for a strict model's answers: a token's place among those of
+        its expert, and with it the rounding, hangs on where the other tokens go, and "nothing changed" would never come."""
+        c = self.config
+        idle = (c.n_experts - c.n_experts_per_tok) * c.expert_dim                           # channels; few cost less than copies of a token do
+        cheaper = x.numel() * idle > SORTING and idle > 40 * c.n_experts_per_tok
+        return cheaper and x.dtype != torch.float64 and x.device.type in ("cpu", "cuda") and (self.training or not c.strict)
 
     def _dense(self, x, ids, gates):
         """Every expert on every token, the gates of those not chosen being 0: two large products."""

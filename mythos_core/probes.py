@@ -12,7 +12,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mythos_core.config import MythosConfig
 from mythos_core.model import OpenMythos
-from mythos_core.training import trajectory
 
 COMPONENTS = {  # first match wins
     "recurrent.block.ffn.shared": "shared experts", "recurrent.block.ffn.router": "router", "recurrent.block.ffn.": "routed experts",
@@ -48,7 +47,7 @@ def cache_bytes(config: MythosConfig, tokens: int, n_loops: int, batch: int = 1,
 
     effective_depth * batch * min(tokens, window - 1) * width * itemsize, where width is 2 * n_kv_heads * head_dim for GQA and
     kv_lora_rank + qk_rope_head_dim for MLA; plus, with token shift, dim / 2 numbers for each of the min(tokens, shift_growth^t)
-    positions that loop t may still look back to; plus, with learned halting, the last position's state at each loop, dim numbers.
+    positions that loop t may still look back to. Of a strict model all loops are one entry; plus the last position's state, dim numbers.
 
     Args:
         rope_key_per_head: what MLA costs if every head stores its own copy of the shared RoPE key, as open-mythos 0.5.0 does.
@@ -58,8 +57,18 @@ def cache_bytes(config: MythosConfig, tokens: int, n_loops: int, batch: int = 1,
     width = latent if c.attn_type == "mla" else 2 * c.n_kv_heads * (c.dim // c.n_heads)
     held = tokens if c.window is None else min(tokens, c.window - 1)
     shift = sum(min(tokens, c.shift_growth ** t) for t in range(n_loops)) * c.dim // 2 if c.token_shift else 0
-    halt = n_loops * min(tokens, 1) * c.dim if c.halting == "learned" else 0
-    return batch * itemsize * (effective_depth(c, n_loops) * held * width + shift + halt)
+    entries, state = (effective_depth(c, 1), min(tokens, 1) * c.dim) if c.strict else (effective_depth(c, n_loops), 0)
+    return batch * itemsize * (entries * held * width + shift + state)
+
+
+def trajectory(model: OpenMythos, ids: Tensor, n_loops: int, start: Tensor | None = None):
+    """The context, e, and h_0 .. h_T (T + 1, B, S, dim) with h_0 = `start`, or e; every loop run, and noise as the model's mode has it."""
+    ctx = model.context(ids)
+    e = model.encode(ids, ctx)
+    states = [e if start is None else start]
+    for t in range(n_loops):
+        states.append(model.recurrent.step(states[-1], e, t, ctx)[0])
+    return ctx, e, torch.stack(states)
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,14 @@ from torch import Tensor
 from mythos_core.model import OpenMythos
 from mythos_core.parity import answers, make_batch
 from mythos_core.probes import depth_sweep
-from mythos_core.training import Recipe, Run, get_recipe
+from mythos_core.recipes import Recipe, get_recipe
+from mythos_core.training import Run
 
 RESULTS = Path(__file__).parent / "results"
 _file = json.loads((RESULTS / "variants.json").read_text())
 #: From the article's recipe to the working one, one step after the other; each step keeps those before it.
 STEPS: dict[str, dict] = _file["steps"]
-#: What each variant changes in the recipe ("parity-extrapolating", or its "base"); "config." marks the model's own fields.
+#: What each variant changes in the recipe ("parity-carrying", or its "base"); "config." marks the model's own fields.
 VARIANTS: dict[str, dict] = _file["ablations"]
 _so_far = VARIANTS["the article's recipe"]
 for _step, _changes in STEPS.items():
@@ -35,7 +36,7 @@ def variant(name: str) -> Recipe:
     if name not in VARIANTS:
         raise ValueError(f"variant = {name!r}: must be one of {sorted(VARIANTS)}")
     changes = {k: tuple(v) if isinstance(v, list) else v for k, v in VARIANTS[name].items()}
-    recipe = get_recipe(changes.pop("base", "parity-extrapolating"))
+    recipe = get_recipe(changes.pop("base", "parity-carrying"))
     inner = {k.removeprefix("config."): v for k, v in changes.items() if k.startswith("config.")}
     outer = {k: v for k, v in changes.items() if not k.startswith("config.")}
     return replace(recipe, **outer, config=replace(recipe.config, **inner))

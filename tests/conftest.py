@@ -35,13 +35,3 @@ def tiny(attn_type: str = "gqa", **changes) -> MythosConfig:
     small = dict(vocab_size=17, dim=32, max_seq_len=64, max_loop_iters=4, kv_lora_rank=8, q_lora_rank=12, qk_rope_head_dim=4,
                  qk_nope_head_dim=6, v_head_dim=5, expert_dim=16, lora_rank=2, init_std=0.1)
     return tutorial_config(attn_type, **{**small, **changes})
-
-
-def stopping(late=0.0, **changes):
-    """A float64 model with learned halting whose positions stop at many different loops, or never; the larger `late`, the later."""
-    torch.manual_seed(5)
-    settings = dict(halting="learned", act_threshold=0.5, loop_embedding=False, lora_rank=0, token_shift=True, window=3)
-    model = OpenMythos(tiny(**{**settings, **changes})).double().eval()
-    model.recurrent.act.halt[-1].bias.data.fill_(-late)
-    model.recurrent.act.halt[-1].weight.data.mul_(30)
-    return model

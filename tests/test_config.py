@@ -17,7 +17,7 @@ def test_fields_and_defaults_of_the_reference_come_first(reference):
     ("gqa", {"dim": 30}, "dim = 30"), ("gqa", {"dim": 20}, "RoPE"), ("gqa", {"n_kv_heads": 3}, "n_kv_heads = 3"),
     ("mla", {"qk_rope_head_dim": 3}, "qk_rope_head_dim = 3"), ("gqa", {"n_experts_per_tok": 5}, "n_experts = 4"),
     ("MLA", {}, "attn_type = 'MLA'"), ("gqa", {"halting": "ponder"}, "halting = 'ponder'"), ("gqa", {"act_threshold": 0.0}, "act_threshold = 0.0"),
-    ("gqa", {"halting": "learned"}, "halting = 'learned'"), ("gqa", {"n_heads": True}, "n_heads = True"),
+    ("gqa", {"codes": 2}, "codes = 2"), ("gqa", {"n_heads": True}, "n_heads = True"),
     ("gqa", {"act_threshold": 1.5}, "(0, 1]"), ("gqa", {"lora_rank": -1}, "lora_rank = -1"), ("gqa", {"vocab_size": 0}, "vocab_size = 0"),
     ("gqa", {"window": 0}, "window = 0"), ("gqa", {"dropout": 1.0}, "dropout = 1.0"), ("gqa", {"init_std": 0.0}, "init_std = 0.0"),
 ])

@@ -115,9 +115,8 @@ def test_sampling_follows_the_distribution_among_the_top_k():
     assert share[:2].sum() == 0 and share[3].item() == pytest.approx(1 / (1 + math.exp(-2)), abs=0.02)
 
 
-@pytest.mark.parametrize("halting", ["act", "learned"])
-def test_a_copy_without_halting_runs_every_loop(halting):
-    model = OpenMythos(tiny(halting=halting, loop_embedding=halting == "act")).double()
+def test_a_copy_without_halting_runs_every_loop():
+    model = OpenMythos(tiny()).double()
     free, loops = model.without_halting(), []
     logits = free(IDS, 7, observer=lambda record: loops.append(record.output))
     assert len(loops) == 7 and free.config.halting == "none" and logits.dtype == torch.float64
@@ -154,7 +153,7 @@ def test_missing_or_damaged_files_are_named(tmp_path, damage, error, named):
 
 
 def test_an_unknown_name_lists_what_ships():
-    with pytest.raises(ValueError, match="'parity-extrapolating', 'parity-halting', 'parity-seed'"):
+    with pytest.raises(ValueError, match="'parity-carrying', 'parity-extrapolating', 'parity-seed'"):
         OpenMythos.from_pretrained("parity-extrapolatin")
 
 

@@ -19,7 +19,8 @@ from workloads import Pair, cache_bytes, decode, forward, mixture, training_peak
 from mythos_core import OpenMythos
 from mythos_core.config import parity_config
 from mythos_core.parity import make_batch
-from mythos_core.training import draw, get_recipe, train
+from mythos_core.recipes import get_recipe
+from mythos_core.training import draw, train
 
 ROUNDS = 21
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))]
@@ -118,7 +119,7 @@ def test_peak_memory_of_a_training_step(rows):
 
 
 def test_the_recipe_is_right_in_10_s(rows):
-    recipe, threads = get_recipe("parity-extrapolating"), torch.get_num_threads()
+    recipe, threads = get_recipe("parity-carrying"), torch.get_num_threads()
     first = next(row for row in train(recipe, seed=0, progress=False).history if row.get("held_out") == 1.0)
     floor = recipe_operations(recipe, 0, first["step"] + 1) / machine.matrix_rate("cpu", threads)
     row = rows[RECIPE, "cpu"] = Row.of(RECIPE, "cpu", threads, "s", [], [first["seconds"]], 10.0, floor)

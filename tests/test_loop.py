@@ -1,13 +1,12 @@
-from itertools import count
-
 import pytest
 import torch
-from conftest import stopping, tiny
+from conftest import tiny
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mythos_core import OpenMythos
-from mythos_core.recurrence import ACTHalting, LoopLoRA, LTIInjection, Rest, loop_embedding, pairs, previous
+from mythos_core.halting import ACTHalting
+from mythos_core.loop import LoopLoRA, LTIInjection, loop_embedding, previous
 
 IDS = torch.randint(0, 17, (3, 12), generator=torch.Generator().manual_seed(2))
 
@@ -58,9 +57,9 @@ def test_T_loops_then_T_more_are_2T_loops():
         assert torch.equal(model.decode(h, ctx), model(IDS, t + 1))
 
 
-@pytest.mark.parametrize("halting", ["act", "act_remainder", "learned", "none"])
+@pytest.mark.parametrize("halting", ["act", "act_remainder", "none"])
 def test_the_record_of_a_loop_says_what_stopping_there_would_give(halting):
-    model = stopping() if halting == "learned" else OpenMythos(tiny(halting=halting))
+    model = OpenMythos(tiny(halting=halting))
     if halting.startswith("act"):
         model.recurrent.act.halt.bias.data.fill_(-1.5)
     _, records = run(model, IDS, 5)
@@ -94,57 +93,6 @@ def test_what_remains_is_dropped_by_act_and_given_to_the_last_loop_by_act_remain
         _, records = run(model, IDS, 3)
         weights = torch.stack([r.halt_weight for r in records]).sum(0)
         assert len(records) == 3 and (weights.max() < total if halting == "act" else torch.allclose(weights, torch.ones_like(weights)))
-
-
-def test_learned_halting_reads_each_position_where_it_stopped():
-    model = stopping(-5)
-    _, records = run(model, IDS, 40)
-    p, weight, h = (torch.stack([getattr(r, name) for r in records]) for name in ("halt_probability", "halt_weight", "h"))
-    first = torch.full(IDS.shape, len(records) - 1)              # twice running p is reached, and all before have stopped
-    for b, row in enumerate(first):
-        stopped = 0
-        for t in range(len(records)):
-            while stopped < len(row) and t > 0 and min(p[t, b, stopped], p[t - 1, b, stopped]) >= 0.5:
-                row[stopped], stopped = t, stopped + 1
-    assert torch.equal(weight, torch.nn.functional.one_hot(first, len(records)).movedim(-1, 0).to(weight))
-    assert torch.equal(records[-1].output, h.gather(0, first[None, ..., None].expand(1, *first.shape, 32))[0])
-    assert len(first.unique()) > 3
-    for b, s in ((0, 0), (1, 5), (2, 11)):                       # at rest from 5 loops after the stop on
-        rested = h[first[b, s] + Rest.LOOPS:, b, s]
-        assert torch.equal(rested, rested[:1].expand_as(rested))
-
-
-def test_learned_halting_in_training_runs_every_loop_of_every_position():
-    model, plain = stopping(), OpenMythos(tiny(halting="none", loop_embedding=False, lora_rank=0, token_shift=True, window=3)).double()
-    plain.load_state_dict({k: v for k, v in model.state_dict().items() if ".act." not in k})
-    assert torch.equal(model.train()(IDS, 30), plain.train()(IDS, 30))
-
-
-@pytest.mark.parametrize("attn", ["gqa", "mla"])
-def test_positions_at_rest_need_not_be_computed(attn, monkeypatch):
-    model, ids = stopping(attn_type=attn), torch.randint(0, 17, (3, 60))
-    runs = {}
-    for cut in (64, 1):
-        monkeypatch.setattr(Rest, "CUT", cut)
-        model.recurrent.act.forward = in_order(model.recurrent.act)
-        runs[cut] = run(model, ids, 60)
-    (expected, whole), (logits, cut) = runs.values()
-    assert torch.allclose(logits, expected, atol=1e-7) and len(cut) == len(whole)
-    assert whole[-1].first == 0 and cut[-1].first > 30
-    for a, b in zip(whole, cut):
-        assert torch.allclose(a.h, b.h, atol=1e-7) and torch.equal(a.halt_weight, b.halt_weight) and torch.equal(a.expert_ids, b.expert_ids)
-
-
-def in_order(act):
-    """The halting unit, held back so that position s stops at loop s / 2 at the soonest and s / 2 + 6 at the latest."""
-    real, loops = type(act).forward, count()
-
-    def forward(pairs, total, open):
-        t, s = next(loops), torch.arange(pairs.shape[1])
-        p = torch.where(t < s // 2, 0.0, torch.where(t > s // 2 + 6, 1.0, real(act, pairs, total)[0]))
-        weight = ((p >= 0.5) | (total >= 1)).cumprod(1) * (1 - total)
-        return p, weight, 1 - total - weight, total + weight
-    return forward
 
 
 def test_early_exit_changes_no_logit():
@@ -187,7 +135,6 @@ def test_previous_takes_a_position_before(distance):
     x = torch.randn(2, 5, 32)
     shifted = previous(x, ctx, "loop.0", "shift", distance)
     assert torch.equal(shifted[:, distance:], x[:, :-distance]) and not shifted[:, :distance].any()
-    assert torch.equal(pairs(x, ctx), torch.cat([x, previous(x, ctx, "loop.0", "halt")], -1))
 
 
 def test_a_random_start_is_for_half_of_the_strings_in_training_only():

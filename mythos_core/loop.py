@@ -1,0 +1,263 @@
+"""The looped part: h_{t+1} = A * h_t + B * e + block(norm(h_t + loop_embedding(t) + e)), with LoRA,
+token shift and ACT; or strict, where a position reads the states before it and never its own."""
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mythos_core.attention import GQA, MLA, Context
+from mythos_core.config import MythosConfig
+from mythos_core.halting import ACTHalting, settled
+from mythos_core.layers import NORM_EPS, RMSNorm, SwiGLU
+from mythos_core.moe import MoE
+
+
+@dataclass(frozen=True)
+class LoopRecord:
+    """What an observer is told after each loop that ran."""
+
+    loop: int                                                    # t, from 0
+    h: Float[Tensor, "batch seq dim"]                            # h_{t+1}
+    output: Float[Tensor, "batch seq dim"]                       # what the coda would read if this loop were the last
+    expert_ids: Int[Tensor, "batch seq k"]                       # experts chosen
+    halt_probability: Float[Tensor, "batch seq"] | None = None   # ACT: sigma(halt(h))
+    halt_weight: Float[Tensor, "batch seq"] | None = None        # ACT: weight of h in the output
+    settled: Bool[Tensor, "batch seq"] | None = None             # strict: this loop changed nothing up to here
+
+
+Observer = Callable[[LoopRecord], None]
+
+
+class TransformerBlock(nn.Module):
+    """x + attention(norm(x)), then x + ffn(norm(x)). The ffn is a MoE in the loop, SwiGLU of width
+    4/3 dim outside."""
+
+    def __init__(self, config: MythosConfig, moe: bool = False):
+        super().__init__()
+        self.attn_norm, self.ffn_norm = RMSNorm(config.dim, NORM_EPS), RMSNorm(config.dim, NORM_EPS)
+        self.attn = (GQA if config.attn_type == "gqa" else MLA)(config)
+        self.ffn = MoE(config) if moe else SwiGLU(config.dim, config.dim * 4 // 3)
+        self.dropout = config.dropout
+
+    def forward(self, x: Float[Tensor, "batch seq dim"], ctx: Context, layer: str):
+        """The block's output, and the experts chosen if its ffn is a MoE (else None)."""
+        x = x + F.dropout(self.attn(self.attn_norm(x), ctx, layer), self.dropout, self.training)
+        out, expert_ids = self.ffn(self.ffn_norm(x)), None
+        if isinstance(self.ffn, MoE):
+            out, expert_ids = out
+        return x + F.dropout(out, self.dropout, self.training), expert_ids
+
+
+class LTIInjection(nn.Module):
+    """A * h + B * e + out, with A = exp(-exp(log_dt + log_A)) a diagonal in (0, 1): the zero-order hold
+    of a stable linear system (Parcae, Prairie et al. 2026)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.log_A, self.log_dt = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(1))
+        self.B = nn.Parameter(torch.full((dim,), 0.1))
+
+    def get_A(self) -> Float[Tensor, "dim"]:
+        """A, strictly in (0, 1) in the parameters' own dtype.
+
+        The formula is in (0, 1) for real numbers only: exp(-exp(5)) is 0 in float32 and exp(-exp(-6))
+        is 1 in bfloat16. So the exponent is held in [-15, 4], where the exact value is between 1.9e-24
+        and 1 - 3.1e-7, and the result below the last number under 1 of the dtype.
+        """
+        dtype, limits = self.log_A.dtype, torch.finfo(self.log_A.dtype)
+        exponent = (self.log_dt.float() + self.log_A.float()).clamp(-15, 4)
+        return torch.exp(-torch.exp(exponent)).clamp(limits.tiny, 1 - limits.eps / 2).to(dtype)
+
+    def forward(self, h: Float[Tensor, "batch seq dim"], e: Float[Tensor, "batch seq dim"],
+                out: Float[Tensor, "batch seq dim"], A: Float[Tensor, "dim"]):
+        return torch.addcmul(torch.addcmul(out, self.B, e), A, h)
+
+    def rest(self, e: Float[Tensor, "batch seq dim"], out: Float[Tensor, "batch seq dim"]):
+        """The h that `forward` leaves as it is, (B * e + out) / (1 - A): where a strict loop's
+        position ends once the positions before it have, since there `out` does not depend on h."""
+        return torch.addcmul(out, self.B, e) / (1 - self.get_A())
+
+
+class LoopLoRA(nn.Module):
+    """out + (down(out) * scale[t]) B: a low-rank change shared by all loops, scaled for each loop
+    (Bae et al. 2024).
+
+    Loops past the table use its last row.
+    """
+
+    def __init__(self, dim: int, rank: int, max_loops: int):
+        super().__init__()
+        self.down = nn.Linear(dim, rank, bias=False)
+        self.scale = nn.Embedding(max_loops, rank)
+        self.B = nn.Parameter(torch.empty(rank, dim))
+
+    def forward(self, out: Float[Tensor, "batch seq dim"], t: int) -> Float[Tensor, "batch seq dim"]:
+        scale = self.scale.weight[min(t, self.scale.num_embeddings - 1)]
+        return out + (self.down(out) * scale) @ self.B
+
+
+def previous(x: Float[Tensor, "batch seq width"], ctx: Context, layer: str, name: str,
+             distance: int = 1) -> Float[Tensor, "batch seq width"]:
+    """x from `distance` positions before, zeros before the first; what the cache remembers of x in
+    `layer` by `name` lies before it."""
+    past = ctx.remember(layer, name, x, keep=distance)           # (B, up to distance + S, width)
+    missing = min(distance + x.shape[1] - past.shape[1], x.shape[1])   # that look before the first
+    return F.pad(past, (0, 0, missing, 0))[:, :x.shape[1]]
+
+
+def loop_embedding(n_loops: int, dim: int, like: Tensor) -> Float[Tensor, "loops dim"]:
+    """For each loop t: sin and cos of t * 10000^(-2i / width) on the first width = dim // 8 channels,
+    0 on the others."""
+    width, kind = dim // 8, dict(device=like.device, dtype=like.dtype)
+    frequency = 10000.0 ** (torch.arange(0, width, 2, **kind) / width)
+    angle = torch.arange(n_loops, **kind).unsqueeze(1) / frequency
+    return F.pad(torch.cat([angle.sin(), angle.cos()], 1)[:, :width], (0, dim - width))
+
+
+class RecurrentBlock(nn.Module):
+    """One transformer block with shared weights, looped.
+
+    With `config.strict` position i reads the states of the positions before it, and never its own:
+
+        z_i = norm(h_{i-1} + e_i),  h'_i = block(z_{i-window+1} .. z_i)  (+ A * h_i + B * e_i),  h_{-1} = 0
+
+    Then four things hold, for any weights (tests/test_strict.py):
+
+    1. Without the carry, position i (from 0) is the same from loop i + 1 on, bit for bit, whatever h_0
+       was: position 0 is computed from e alone, and position i from positions that have settled.
+    2. dh_{t+1} / dh_t is block lower triangular, with diag(A) on the diagonal, or 0 without the carry,
+       so its spectral radius is max A, or 0.
+    3. A loop that changes nothing is the last that matters.
+    4. Behind a settled past one loop settles a new position, so a cache needs one entry for all loops.
+    """
+
+    def __init__(self, config: MythosConfig):
+        super().__init__()
+        self.config = config
+        self.norm, self.block = RMSNorm(config.dim, NORM_EPS), TransformerBlock(config, moe=True)
+        self.injection = LTIInjection(config.dim)
+        self.loop_norm = RMSNorm(config.dim, NORM_EPS) if config.loop_norm else nn.Identity()
+        rank = config.lora_rank
+        self.lora = LoopLoRA(config.dim, rank, config.max_loop_iters) if rank else None
+        self.act = ACTHalting(config) if config.halting in ("act", "act_remainder") else None
+        self.register_buffer("codes", torch.zeros(config.codes, config.dim) if config.codes else None)
+
+    def fixed(self, n_loops: int, like: Tensor):
+        """What the loops of a pass share: A, and the embedding of each of `n_loops`, if there is one."""
+        embedded = self.config.loop_embedding
+        embedding = loop_embedding(n_loops, self.config.dim, like) if embedded else None
+        return self.injection.get_A(), embedding
+
+    def step(self, h: Float[Tensor, "batch seq dim"], e: Float[Tensor, "batch seq dim"], t: int,
+             ctx: Context, fixed=None):
+        """One loop: h_t -> (h_{t+1}, experts chosen). A pass over many loops makes what is `fixed` once."""
+        A, embedding = fixed or self.fixed(t + 1, h)
+        layer = "loop" if self.config.strict else f"loop.{t}"
+        seen = previous(h, ctx, layer, "state") if self.config.strict else h
+        z = self.norm(seen + e if embedding is None else seen + e + embedding[t])
+        if self.config.token_shift:
+            here, there = z.chunk(2, -1)
+            distance = self.config.shift_growth ** t
+            z = torch.cat([here, previous(there, ctx, layer, "shift", distance)], -1)
+        out, expert_ids = self.block(self._noisy(z), ctx, layer)
+        out = out if self.lora is None else self.lora(out, t)
+        if not self.config.carry:
+            return self.rounded(self.loop_norm(out)), expert_ids
+        if self.config.strict and ctx.cache is not None:         # what the past reads must have settled
+            return self.injection.rest(e, out), expert_ids
+        return self.loop_norm(self.injection(h, e, out, A)), expert_ids
+
+    def _noisy(self, z):
+        noise = self.config.loop_noise if self.training else 0.0
+        return z + noise * torch.randn_like(z) if noise else z
+
+    def rounded(self, h: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq dim"]:
+        """Each state replaced by the nearest of the codes, if there are any.
+
+        With codes no error of rounding is handed on: as long as a state lies nearer to its code than to
+        any other, every machine, every schedule of the loops and every shape of the batch hands on the
+        same numbers. `certificate.certify` proves that it does.
+        """
+        if self.codes is None:
+            return h
+        return F.embedding(self.code_scores(h).argmax(-1), self.codes)
+
+    def code_scores(self, h: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq codes"]:
+        """h . c - |c|^2 / 2 for each code c: the larger, the nearer."""
+        return h @ self.codes.T - 0.5 * self.codes.square().sum(-1)
+
+    def last(self, z: Float[Tensor, "batch window dim"], e: Float[Tensor, "batch 1 dim"]) -> Float[Tensor, "batch 1 dim"]:
+        """The state, not rounded yet, of a strict loop's position whose window of inputs is z, with e its own."""
+        ctx = Context.of(self.config, len(z), z.shape[1], None, like=z)
+        out = self.block(z, ctx, "loop")[0][:, -1:]
+        return self.injection.rest(e, out) if self.config.carry else self.loop_norm(out)
+
+    def settle(self, e: Float[Tensor, "batch seq dim"], hand_on: Callable | None = None) -> Float[Tensor, "batch seq dim"]:
+        """The settled states of a strict loop, left to right: each position is evaluated once, behind
+        states that are final. The same as at least S loops, and so is the gradient, for 1 / S of the work.
+
+        Args:
+            hand_on: (state (B, 1, dim), position) -> what the positions behind read in its place, in training.
+        """
+        window, zs, states, before = self.config.window or e.shape[1], [], [], torch.zeros_like(e[:, :1])
+        for position, own in enumerate(e.split(1, 1)):           # own: (B, 1, dim)
+            zs.append(self._noisy(self.norm(before + own)))
+            states.append(self.rounded(self.last(torch.cat(zs[-window:], 1), own)))
+            before = states[-1] if hand_on is None else hand_on(states[-1], position)
+        return torch.cat(states, 1)
+
+    def _start(self, e):
+        """h_0: the input, or in training, with start_noise, for half of the strings a point thrown far
+        from it."""
+        if not (self.training and self.config.start_noise):
+            return e
+        thrown = torch.rand(len(e), 1, 1, device=e.device) < 0.5
+        return e + self.config.start_noise * torch.randn_like(e) * thrown
+
+    def forward(self, e: Float[Tensor, "batch seq dim"], n_loops: int, ctx: Context,
+                observer: Observer | None = None):
+        """h_T, or with ACT the halting-weighted sum of h_1 .. h_T; (B, S, dim).
+
+        Without a cache ACT's loop ends when every position has halted, which changes no output; under
+        `torch.compile` every loop runs, since one graph cannot ask for a value. With a cache too: a
+        later token may loop longer, and then reads what these positions left at every loop. "settled"
+        ends after the first loop that changes nothing, with a cache and without.
+        """
+        if self.config.strict:
+            return self._loop_strictly(e, n_loops, ctx, observer)
+        h, weighted = self._start(e), torch.zeros_like(e)
+        total, act = e.new_zeros(e.shape[:2], dtype=torch.float32), self.act
+        step = partial(self.step, fixed=self.fixed(n_loops, e))
+        may_end = act is not None and ctx.cache is None and not torch.compiler.is_compiling()
+        for t in range(n_loops):
+            h, expert_ids = step(h, e, t, ctx)
+            output, p, weight = h, None, None
+            if act is not None:
+                p, weight, left, total = act(h, total, t + 1 >= self.config.min_loops)
+                output = weighted = torch.addcmul(weighted, weight.unsqueeze(-1).to(h.dtype), h)
+                if left is not None:
+                    output = torch.addcmul(weighted, left.unsqueeze(-1).to(h.dtype), h)
+                    weight = weight + left if t == n_loops - 1 else weight
+            if observer is not None:
+                observer(LoopRecord(t, h, output, expert_ids, p, weight))
+            if may_end and bool((total >= act.threshold).all()):
+                break
+        return output
+
+    def _loop_strictly(self, e, n_loops, ctx, observer):
+        h, step = self._start(e), partial(self.step, fixed=self.fixed(0, e))
+        halts = self.config.halting == "settled" and not torch.compiler.is_compiling()
+        for t in range(n_loops):
+            old, (h, expert_ids) = h, step(h, e, t, ctx)
+            still = settled(h, old, self.config.carry) if halts or observer is not None else None
+            if observer is not None:
+                observer(LoopRecord(t, h, h, expert_ids, settled=still))
+            if halts and bool(still[:, -1].all()):
+                break
+        ctx.remember("loop", "state", h, keep=1)                 # a later position reads it as it ended
+        return h
