@@ -109,7 +109,8 @@ class Machine:
                     ways[after] = [*ways[state], letter]
                     order.append(after)
         longest = max(map(len, ways.values()))
-        return torch.tensor([way + [-1] * (longest - len(way)) for way in ways.values()])
+        rows = [way + [-1] * (longest - len(way)) for way in ways.values()]
+        return torch.tensor(rows, dtype=torch.int64)
 
     def run(self, ids: Int[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:
         """The state after each letter."""

@@ -85,3 +85,18 @@ def test_what_is_no_machine_is_refused_by_name(make, named):
     with pytest.raises(ValueError) as error:
         make()
     assert named in str(error.value)
+
+
+def test_covering_strings_meet_every_move_that_there_is():
+    """A counter that falls back at any letter but one: uniform strings of 12 hardly ever come far."""
+    far = Machine.from_table([[min(s + 1, 11), 0, 0, 0] for s in range(12)])
+    assert [(way >= 0).sum().item() for way in far.shortest_ways] == list(range(12))
+
+    def met(strings):
+        ids, _ = far.make_batch(400, 14, torch.Generator().manual_seed(0), strings=strings)
+        states = torch.nn.functional.pad(far.run(ids), (1, 0))[:, :-1]
+        return len((states * 4 + ids - 1).unique())
+
+    assert met("covering") == 48 and met("uniform") < 40
+    one = Machine.from_table([[0, 0]])
+    assert one.make_batch(5, 3, strings="covering")[0].shape == (5, 3)
