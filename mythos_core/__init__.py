@@ -1,4 +1,4 @@
-"""Recurrent-depth transformers: the model, the parity task, the probes."""
+"""Recurrent-depth transformers: the model, what it is trained to be, and the proof that it is."""
 from mythos_core.cache import KVCache
 from mythos_core.config import MythosConfig
 from mythos_core.interop import from_open_mythos
