@@ -1,4 +1,4 @@
-# make tutorial | test | test-notebooks | test-browser | test-colab | test-floors | bench | lab | site | publish | lint | clean
+# make tutorial | test | test-notebooks | test-arithmetics | test-browser | test-colab | test-floors | bench | lab | site | publish | lint | clean
 # Every target first makes the environment in .venv; site and test-browser put requirements-site.txt in it too, test-floors makes one of its own.
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +11,7 @@ NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=300
 # Notebooks are tested and published on one thread each: how many there are decides how sums are rounded, and so what a training becomes.
 test test-notebooks publish: export OMP_NUM_THREADS := 1
 
-.PHONY: tutorial test test-notebooks test-browser test-colab test-floors bench lab site publish lint clean
+.PHONY: tutorial test test-notebooks test-arithmetics test-browser test-colab test-floors bench lab site publish lint clean
 
 $(VENV)/installed: requirements.txt $(CONSTRAINTS) pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +32,10 @@ test: $(VENV)/installed
 
 test-notebooks: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/test_notebooks.py notebooks $(NBVAL)
+
+# What trains, under other arithmetics that this processor can do; ONLY=NAME for one of them.
+test-arithmetics: $(VENV)/installed
+	$(BIN)/python tests/arithmetics.py --workers $(WORKERS) $(if $(ONLY),--only $(ONLY))
 
 test-browser: site
 	$(BIN)/python -m pytest tests/browser
