@@ -9,7 +9,7 @@ from matplotlib.path import Path
 
 from mythos_core import OpenMythos, figures, parity
 
-NAME = "parity-carrying"
+NAME = "parity-extrapolating"
 INK, QUIET, TINT, FILL = "#222222", "#5f5f5f", "#E6F1F8", figures.COLOURS["extrapolating"]
 BITS = torch.tensor([[0, 1, 1, 0, 1, 0]]) + 1
 LEFT, E, MIDDLE, H, RIGHT = 1.05, 2.95, 5.05, 7.15, 9.0         # x of what comes before the loop, of the line of e, the block, the line of h, what comes after
@@ -80,7 +80,7 @@ def block(ax, c):
         box(ax, x, CARRY, 0.8, 0.36, name, on=c.carry)
 
 
-def around(ax):
+def around(ax, strict):
     """The loop's ground, and the lines of e and h."""
     ax.add_patch(FancyBboxPatch((2.5, 0.2), 5.1, 6.55, boxstyle="round,pad=0,rounding_size=0.15", facecolor=TINT, edgecolor="none", zorder=0))
     say(ax, 2.75, 6.47, "looped block", 12.5, FILL, ha="left", weight="bold")
@@ -92,25 +92,27 @@ def around(ax):
     ax.plot([E, H, E, H], [BOTTOM, TOP, CARRY, CARRY], "o", ms=4, color=INK, zorder=3)
     for x, y, text in ((1.85, 0.73, "e, the first h"), (6.1, 6.1, "h, after the loop"), (8.3, 6.1, "after the last")):
         say(ax, x, y, text, color=INK)
-    say(ax, 7.37, 3.6, "h, next loop", color=INK, rotation=90)
+    whose = "h of the position before" if strict else "h"
+    say(ax, 7.37, 3.6, f"{whose}, next loop", color=INK, rotation=90)
 
 
 def draw(ax, model):
     c = model.config
     before, after = (f"{n} block{'s' * (n != 1)}, run once" for n in (c.prelude_layers, c.coda_layers))
-    around(ax)
+    around(ax, c.strict)
     block(ax, c)
     say(ax, LEFT, 6.42, "ids: a string of bits")
     string(ax, LEFT, 6.1, BITS)
     box(ax, LEFT, 4.5, 1.8, 0.56, "embed", f"{c.vocab_size} tokens, {c.dim} channels")
     box(ax, LEFT, 2.7, 1.8, 0.56, "prelude", before)
-    box(ax, RIGHT, 4.98, 1.8, 0.56, "halting head", "when to stop", on=c.halting != "none")
+    box(ax, RIGHT, 4.98, 1.8, 0.56, "halting head", "when to stop", on=c.halting.startswith("act"))
     box(ax, RIGHT, 3.64, 1.8, 0.56, "coda", after)
     box(ax, RIGHT, 2.3, 1.8, 0.56, "norm, head", f"{c.dim} channels, {c.vocab_size} logits")
     string(ax, RIGHT, 0.68, parity.answers(BITS))
     say(ax, RIGHT, 0.36, "answers: parity so far")
     size = f"{sum(p.numel() for p in model.parameters()):,}"
-    say(ax, 5, -0.02, f"{NAME}: {size} parameters, however many loops. Dashed: switches that it leaves off.")
+    codes = f" States are rounded to {c.codes} codes." if c.codes else ""
+    say(ax, 5, -0.02, f"{NAME}: {size} parameters, however many loops.{codes} Dashed: switches that it leaves off.")
 
 
 def main():
@@ -120,8 +122,8 @@ def main():
     ax = fig.add_axes([0, 0, 1, 1], xlim=(0, 10), ylim=(-0.2, 6.9))
     ax.axis("off")
     draw(ax, OpenMythos.from_pretrained(NAME))
-    figures.save(fig, "architecture", alt="Bits are embedded and pass the prelude, which gives e. The looped block adds e to h, then come norm, token shift, "
-                 "attention and mixture of experts; A times h and B times e are added. It runs T times with the same weights; coda and head give the answers.",
+    figures.save(fig, "architecture", alt="Bits are embedded and pass the prelude, which gives e. The looped block adds e to h of the position before, then come "
+                 "norm, attention and mixture of experts. It runs T times with the same weights; coda and head give the answers.",
                  words=[text.get_text() for text in ax.texts if text.get_text()])
     fig.savefig(figures.folder() / "architecture.svg", metadata={"Date": None})
 

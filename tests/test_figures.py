@@ -67,9 +67,9 @@ def test_the_diagram_follows_the_model(architecture):
         architecture["draw"](ax, model)
         return {text.get_text() for text in ax.texts}, sum(patch.get_linestyle() not in ("-", "solid") for patch in ax.patches)
 
-    shipped, off = drawn(OpenMythos.from_pretrained("parity-carrying"))
+    shipped, off = drawn(OpenMythos.from_pretrained("parity-extrapolating"))
     other, other_off = drawn(OpenMythos(parity_config(prelude_layers=2, n_experts=3, carry=False, halting="none")))
     assert {"1 block, run once", "4 tokens, 64 channels", "a token passes 2 of 4 experts, and 1 shared"} <= shipped
     assert {"2 blocks, run once", "64 tokens, 64 channels", "a token passes 2 of 3 experts, and 1 shared"} <= other
-    assert off == 4             # loop embedding, MLA, LoRA, halting
+    assert off == 7             # loop embedding, token shift, MLA, LoRA, A h, B e, halting head
     assert other_off == 5       # token shift, MLA, A h, B e, halting

@@ -23,7 +23,7 @@ def defined(notebook):
     """What a notebook imports and defines, none of it run."""
     space = {}
     for cell in nbformat.read(notebook, 4).cells:
-        if cell.cell_type == "code" and cell.source.startswith(("from", "def", "class", "@", "RULES")):
+        if cell.cell_type == "code" and cell.source.startswith(("import", "def", "class", "@", "RULES", "ARITHMETICS")):
             exec(cell.source, space)
     return SimpleNamespace(**space)
 
