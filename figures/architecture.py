@@ -122,8 +122,9 @@ def main():
     ax = fig.add_axes([0, 0, 1, 1], xlim=(0, 10), ylim=(-0.2, 6.9))
     ax.axis("off")
     draw(ax, OpenMythos.from_pretrained(NAME))
-    figures.save(fig, "architecture", alt="Bits are embedded and pass the prelude, which gives e. The looped block adds e to h of the position before, then come "
-                 "norm, attention and mixture of experts. It runs T times with the same weights; coda and head give the answers.",
+    figures.save(fig, "architecture", alt="Bits are embedded and pass the prelude, which gives e. The looped block adds e to h of the position before, then "
+                 "come norm, attention and mixture of experts. It runs T times with the same weights; coda and head "
+                 "give the answers.",
                  words=[text.get_text() for text in ax.texts if text.get_text()])
     fig.savefig(figures.folder() / "architecture.svg", metadata={"Date": None})
 

@@ -8,7 +8,7 @@ install_import_hook("mythos_core", "beartype.beartype")
 
 import peer  # noqa: E402
 
-from mythos_core import MythosConfig, OpenMythos, moe  # noqa: E402
+from mythos_core import MythosConfig, moe  # noqa: E402
 from mythos_core.config import tutorial_config  # noqa: E402
 
 moe.SORTING = 0                 # the tests' small models sort their tokens by expert, as large ones do

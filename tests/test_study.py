@@ -13,7 +13,7 @@ from conftest import tiny
 from mythos_core import OpenMythos, study
 from mythos_core.config import MythosConfig
 from mythos_core.groups import group
-from mythos_core.model import PRETRAINED, shipped
+from mythos_core.model import PRETRAINED
 from mythos_core.parity import answers, make_batch
 from mythos_core.probes import depth_sweep
 from mythos_core.recipes import Recipe, get_recipe
@@ -74,7 +74,7 @@ def test_whole_strings_counts_strings_that_are_right_everywhere():
     assert study.whole_strings(Oracle(get_recipe("parity-carrying").config), 20, 5, strings=4) == 3 / 4
 
 
-@pytest.fixture(params=["reach", "ablations", "exits", "experts", "generation", "states", "gru", "pace"])
+@pytest.fixture(params=["proofs", "reach", "ablations", "exits", "experts", "generation", "states", "gru", "pace"])
 def committed(request):
     return study.load(study.RESULTS / f"{request.param}.json")
 
@@ -102,7 +102,18 @@ def test_committed_rows_are_of_the_recipes_there_are(committed):
         else:
             assert {f'variant="{row["variant"]}"', f"seed={row['seed']}"} <= set(shlex.split(row["command"]))
         assert len(row["commit"]) == 40 and {"python", "torch", "numpy"} == set(row["versions"])
-    assert len({(row["variant"], row["seed"]) for row in committed}) == len(committed)
+    assert len({(row["variant"], row["seed"], row.get("arithmetic")) for row in committed}) == len(committed)
+
+
+def test_every_proof_that_was_tried_is_kept_and_none_is_contradicted():
+    """The trainings of parity and the groups, under each arithmetic: seeds from 0 on without a gap."""
+    rows, seeds = study.load(study.RESULTS / "proofs.json"), {}
+    for row in rows:
+        seeds.setdefault((row["variant"], row["arithmetic"]), []).append(row["seed"])
+        assert row["certificate"]["proved"] and row["certificate"]["wrong"] == 0 and row["same_machine"]
+        assert all(of["whole"] == of["strings"] > 0 for of in row["answered"].values())
+    assert all(found == list(range(len(found))) for found in seeds.values())
+    assert {name for name, _ in seeds} == set(study.MEASURED["proofs"])
 
 
 @pytest.mark.parametrize("name", ["the recipe", "the scan"])

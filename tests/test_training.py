@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 
 from mythos_core import OpenMythos, training
+from mythos_core.certificate import certify
 from mythos_core.config import parity_config
+from mythos_core.machines import Machine, machine
 from mythos_core.model import PRETRAINED, shipped
 from mythos_core.parity import make_batch
-from mythos_core.certificate import certify
-from mythos_core.machines import Machine, machine
 from mythos_core.recipes import Recipe, get_recipe, recipe_for
 from mythos_core.training import (
     NotProved,
