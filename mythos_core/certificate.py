@@ -1,23 +1,25 @@
 """Proofs that a strict model answers as a machine does, on every string of every length.
 
-The theorem. Let a model be strict, without the carry, without positions (RoPE off) and with a window W,
-and let its states be rounded to codes c_1 .. c_n (`RecurrentBlock.rounded`). Call what decides position i
-its *context*: the codes of the W positions before it, and the last (W - 1)(P + 1) + 1 tokens, where P is
-the number of prelude layers; fewer near the start of the string. Let a set of pairs (context, state of the
-machine) hold the context of each one-letter string, and with each pair, for each letter, the pair that
-follows it. If the model's answer is the machine's in every pair of this set, then it is the machine's at
-every position of every string, after as many loops as there are positions.
+The theorem. Let a model be strict, without the carry, without positions (RoPE off) and with a
+window W, and let its states be rounded to codes c_1 .. c_n (`RecurrentBlock.rounded`). Call what
+decides position i its *context*: the codes of the W positions before it, and the last
+(W - 1)(P + 1) + 1 tokens, where P is the number of prelude layers; fewer near the start of the
+string. Let a set of pairs (context, state of the machine) hold the context of each one-letter
+string, and with each pair, for each letter, the pair that follows it. If the model's answer is the
+machine's in every pair of this set, then it is the machine's at every position of every string,
+after as many loops as there are positions.
 
-Proof. By the strict loop (theorem 1 of `RecurrentBlock`) the settled state of position i is a function of
-its context, and so is the code it is rounded to, hence the context that follows by a letter; its answer is
-a function of the codes of the (W - 1) C positions before it, C the number of coda layers, and of its own.
-So, by induction over the positions, each position of each string has a pair in the set.
+Proof. By the strict loop (theorem 1 of `RecurrentBlock`) the settled state of position i is a
+function of its context, and so is the code it is rounded to, hence the context that follows by
+a letter; its answer is a function of the codes of the (W - 1) C positions before it, C the
+number of coda layers, and of its own. So, by induction over the positions, each position of
+each string has a pair in the set.
 
-What is assumed of arithmetic. A context is evaluated in float64, which makes three choices: the code, the
-answer and the experts. How far each is from being another one is its *margin*. The model's own arithmetic
-evaluates the context too, and how much smaller or larger the margins of the same choices are there, at most,
-is the *error*. The proof holds on every machine whose error is at most `SPARE` times the one measured; where a
-margin is smaller than that, nothing is proved.
+What is assumed of arithmetic. A context is evaluated in float64, which makes three choices: the
+code, the answer and the experts. How far each is from being another one is its *margin*. The
+model's own arithmetic evaluates the context too, and how much smaller or larger the margins of the
+same choices are there, at most, is the *error*. The proof holds on every machine whose error is at
+most `SPARE` times the one measured; where a margin is smaller than that, nothing is proved.
 """
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -38,8 +40,8 @@ MOST_CONTEXTS = 200_000
 PART = 4096             # contexts of one pass
 SEEN = 16               # elements of the strings whose states the codes are chosen from
 
-Context = tuple[tuple[int, ...], tuple[int, ...]]                # tokens, codes of the positions before
-START: Context = ((), ())                                        # of no position: what comes before the first
+Context = tuple[tuple[int, ...], tuple[int, ...]]  # tokens, codes of the positions before
+START: Context = ((), ())                          # of no position: what comes before the first
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,10 +49,11 @@ class Certificate:
     """What was proved of a model, or what stands against it.
 
     Attributes:
-        proved: whether the answers are right on all strings: `reason` is "" then, and else says why not.
+        proved: whether the answers are right on all strings: `reason` is ""
+            then, and else says why not.
         contexts: pairs of a context and a state of the machine that were met.
-        wrong: pairs in which the answer is not the machine's, among those that the shortest strings with
-            a wrong answer lead to; the search ends there.
+        wrong: pairs in which the answer is not the machine's, among those that the shortest strings
+            with a wrong answer lead to; the search ends there.
         codes: (n, dim) what states are rounded to.
         state_margin: the least distance of a state from the border of its code's cell. Beside it in
             `errors` how far the model's arithmetic and float64 are apart in it, at most.
@@ -72,29 +75,32 @@ class Certificate:
 
     @cached_property
     def machine(self) -> Machine | None:
-        """The minimal machine that the contexts make up, as read off the model's own answers, right or wrong; None
-        if they were not closed."""
+        """The minimal machine that the contexts make up, as read off the model's own answers, right
+        or wrong; None if they were not closed."""
         return self.closure.machine() if self.closure.closed else None
 
     def summary(self) -> dict:
         """What a file beside the weights says of it."""
-        margins = {name: getattr(self, name) for name in ("state_margin", "logit_margin", "routing_margin")}
-        return {"proved": self.proved, "reason": self.reason, "contexts": self.contexts, "wrong": self.wrong,
-                "codes": len(self.codes), **margins, "errors": self.errors,
+        margins = {name: getattr(self, name)
+                   for name in ("state_margin", "logit_margin", "routing_margin")}
+        return {"proved": self.proved, "reason": self.reason, "contexts": self.contexts,
+                "wrong": self.wrong, "codes": len(self.codes), **margins, "errors": self.errors,
                 "machine": self.machine and self.machine.as_dict()}
 
 
-def certify(model: OpenMythos, machine: Machine, codes: Float[Tensor, "codes dim"] | None = None) -> Certificate:
+def certify(model: OpenMythos, machine: Machine,
+            codes: Float[Tensor, "codes dim"] | None = None) -> Certificate:
     """Prove that `model`, its states rounded to codes, answers as `machine` does on every string.
 
     Args:
-        codes: to round to. Default: the model's own, if it has some; else means of the settled states of
-            strings of at most 16 elements, taken by the machine's state and the last k letters, with the
-            least k from 0 to 3 that gives a proof. That labels choose the codes takes nothing from the proof,
-            which checks what they do.
+        codes: to round to. Default: the model's own, if it has some; else means of the settled
+            states of strings of at most 16 elements, taken by the machine's state and the last k
+            letters, with the least k from 0 to 3 that gives a proof. That labels choose the codes
+            takes nothing from the proof, which checks what they do.
 
     Raises:
-        ValueError: if the model is not of the kind that the theorem is about, or has no room for the machine.
+        ValueError: if the model is not of the kind that the theorem is about, or
+            has no room for the machine.
     """
     _check(model, machine)
     model = model.eval()
@@ -111,8 +117,8 @@ def certify(model: OpenMythos, machine: Machine, codes: Float[Tensor, "codes dim
 
 
 def automaton(model: OpenMythos, letters: int) -> Machine | None:
-    """The minimal machine that a model with codes is, right or wrong, as read off its own answers; None if its contexts,
-    over `letters` letters, are too many to close. ValueError as `certify`."""
+    """The minimal machine that a model with codes is, right or wrong, as read off its own answers;
+    None if its contexts, over `letters` letters, are too many to close. ValueError as `certify`."""
     _check(model)
     if model.recurrent.codes is None:
         raise ValueError("model.config.codes = 0: must be above 0; `certify` finds some")
@@ -124,7 +130,8 @@ def _check(model, machine=None):
     c = model.config
     for name, wanted in (("strict", True), ("carry", False), ("rope", False)):
         if getattr(c, name) != wanted:
-            raise ValueError(f"model.config.{name} = {getattr(c, name)}: must be {wanted} for a certificate")
+            raise ValueError(f"model.config.{name} = {getattr(c, name)}: "
+                             f"must be {wanted} for a certificate")
     if c.window is None:
         raise ValueError("model.config.window = None: must be a number for a certificate")
     if machine is not None and machine.vocab_size > c.vocab_size:
@@ -134,8 +141,10 @@ def _check(model, machine=None):
 
 def _with_codes(model: OpenMythos, codes: Tensor | None) -> OpenMythos:
     """A copy of the model that rounds its states to these codes."""
-    copy = OpenMythos(replace(model.config, codes=0 if codes is None else len(codes))).to(model.embed.weight)
-    weights = {name: tensor for name, tensor in model.state_dict().items() if name != "recurrent.codes"}
+    copy = OpenMythos(replace(model.config, codes=0 if codes is None else len(codes))).to(
+        model.embed.weight)
+    weights = {name: tensor for name, tensor in model.state_dict().items()
+               if name != "recurrent.codes"}
     copy.load_state_dict(weights if codes is None else {**weights, "recurrent.codes": codes})
     return copy.eval()
 
@@ -144,7 +153,8 @@ def _with_codes(model: OpenMythos, codes: Tensor | None) -> OpenMythos:
 def candidate_codes(model: OpenMythos, machine: Machine) -> Iterator[Float[Tensor, "codes dim"]]:
     """Means of settled states by the machine's state and the last k letters, for k = 0, 1, 2, 3."""
     generator = torch.Generator().manual_seed(0)
-    ids, _ = machine.make_batch(max(256, 16 * len(machine)), SEEN, generator, model.embed.weight.device)
+    ids, _ = machine.make_batch(max(256, 16 * len(machine)), SEEN, generator,
+                                model.embed.weight.device)
     h = model.recurrent.settle(model.encode(ids, model.context(ids))).flatten(0, 1)
     label = machine.run(ids)
     for k in range(4):
@@ -152,7 +162,8 @@ def candidate_codes(model: OpenMythos, machine: Machine) -> Iterator[Float[Tenso
         n = int(group.max()) + 1
         sums = torch.zeros(n, h.shape[1], dtype=h.dtype, device=h.device).index_add(0, group, h)
         yield sums / group.bincount(minlength=n).unsqueeze(1)
-        earlier = F.pad(ids, (k, 0))[:, :ids.shape[1]]           # the letter k before, 0 before the first
+        # the letter k before, 0 before the first
+        earlier = F.pad(ids, (k, 0))[:, :ids.shape[1]]
         label = label * (machine.letters + 1) + earlier
 
 
@@ -168,14 +179,16 @@ def _certify(bare: OpenMythos, machine: Machine, codes: Tensor) -> Certificate:
     elif not closure.closed:
         reason = f"not closed after {len(closure.seen)} contexts"
     elif thin:
-        reason = "; ".join(f"{name} margin {margins[name]:.3g} is not above {SPARE} times the error {errors[name]:.3g}"
-                           for name in thin)
-    return Certificate(not reason, reason, len(closure.seen), closure.wrong, codes, margins["state"], margins["logit"],
-                       margins["routing"], errors, model, closure)
+        reason = "; ".join(f"{name} margin {margins[name]:.3g} is not above {SPARE} times "
+                           f"the error {errors[name]:.3g}" for name in thin)
+    return Certificate(not reason, reason, len(closure.seen), closure.wrong, codes,
+                       margins["state"], margins["logit"], margins["routing"], errors, model,
+                       closure)
 
 
 class Closure:
-    """The contexts that strings lead to, met letter by letter, each with the state of the machine that is `asked` for."""
+    """The contexts that strings lead to, met letter by letter, each with the state of the
+    machine that is `asked` for."""
 
     def __init__(self, model: OpenMythos, letters: int, asked: Machine | None = None):
         self.model, self.letters, self.asked = model, letters, asked
@@ -184,7 +197,8 @@ class Closure:
         c = model.config
         self.tokens_kept = (c.window - 1) * (c.prelude_layers + 1) + 1
         self.codes_kept = max(c.window, (c.window - 1) * c.coda_layers)
-        self.read = (c.window - 1) * c.coda_layers               # positions before its own that an answer reads
+        # positions before its own that an answer reads
+        self.read = (c.window - 1) * c.coda_layers
         self.margins = {"state": [], "logit": [], "routing": []}
         self.errors = {"state": [], "logit": [], "routing": []}
         self.follows: dict[Context, tuple[int, int]] = {}        # context -> code, answer
@@ -192,7 +206,8 @@ class Closure:
 
     @torch.no_grad()
     def run(self) -> "Closure":
-        """Close the set, one letter longer at a time, unless an answer is wrong or there are too many."""
+        """Close the set, one letter longer at a time, unless an answer is
+        wrong or there are too many."""
         asked = self.asked or Machine.from_table([[0] * self.letters])
         moves, answers = asked.next_state.tolist(), asked.answer.tolist()
         frontier = {(START, asked.start)}
@@ -231,22 +246,27 @@ class Closure:
             for part in (same[i:i + PART] for i in range(0, len(same), PART)):
                 device = self.model.embed.weight.device
                 tokens = torch.tensor([context[0] for context in part], device=device)
-                before = torch.tensor([context[1] for context in part], dtype=torch.int64, device=device)
+                before = torch.tensor([context[1] for context in part], dtype=torch.int64,
+                                      device=device)
                 read = (tokens, before.view(len(part), -1), self.read)
                 chosen, exact = _evaluate(self.judge, *read)
                 _, own = _evaluate(self.model, *read, chosen)
                 for name in self.margins:
-                    apart = torch.where(own[name] == exact[name], 0.0, (own[name] - exact[name]).abs())
+                    apart = torch.where(own[name] == exact[name], 0.0,
+                                        (own[name] - exact[name]).abs())
                     self.margins[name].append(exact[name].min().item())
                     self.errors[name].append(apart.max().item())
-                self.follows |= dict(zip(part, zip(chosen["code"].tolist(), chosen["answer"].tolist())))
+                self.follows |= dict(zip(part, zip(chosen["code"].tolist(),
+                                                   chosen["answer"].tolist())))
 
 
-def _evaluate(model, tokens: Int[Tensor, "n tokens"], before: Int[Tensor, "n positions"], read: int,
-              chosen: dict[str, Tensor] | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What the last position of each context chooses, its code, answer and experts, and the margin of each choice:
-    how far the state is inside its code's cell, the answer's logit ahead of the next, and the experts' router logits
-    ahead of the best one left out. Given what was `chosen` elsewhere, the margins are of that, and may be below 0.
+def _evaluate(model, tokens: Int[Tensor, "n tokens"], before: Int[Tensor, "n positions"],
+              read: int, chosen: dict[str, Tensor] | None = None
+              ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What the last position of each context chooses, its code, answer and experts, and the margin
+    of each choice: how far the state is inside its code's cell, the answer's logit ahead of the
+    next, and the experts' router logits ahead of the best one left out. Given what was `chosen`
+    elsewhere, the margins are of that, and may be below 0.
     """
     loop, window, k = model.recurrent, model.config.window, model.config.n_experts_per_tok
     past = loop.codes[before]                                    # (n, positions, dim)
@@ -254,19 +274,24 @@ def _evaluate(model, tokens: Int[Tensor, "n tokens"], before: Int[Tensor, "n pos
     start = past.new_zeros(len(past), 1, past.shape[2])
     z = loop.norm(torch.cat([start, past], 1)[:, -e.shape[1]:] + e)
     routed = []
-    hook = loop.block.ffn.router.register_forward_hook(lambda module, args, out: routed.append(out[:, -1]))
+    hook = loop.block.ffn.router.register_forward_hook(
+        lambda module, args, out: routed.append(out[:, -1]))
     h = loop.last(z, e[:, -1:])
     hook.remove()
     scores = {"code": loop.code_scores(h)[:, 0], "experts": routed[0] + loop.block.ffn.router_bias}
-    chosen = chosen or {"code": scores["code"].argmax(-1), "experts": scores["experts"].topk(k, -1).indices}
+    chosen = chosen or {"code": scores["code"].argmax(-1),
+                        "experts": scores["experts"].topk(k, -1).indices}
     own = loop.codes[chosen["code"]].unsqueeze(1)                # (n, 1, dim)
     states = torch.cat([past, own], 1)[:, -1 - read:]
     scores["answer"] = model.decode(states, _plain(model, states))[:, -1]
     chosen = {"answer": scores["answer"].argmax(-1), **chosen}
-    apart = torch.cdist(own, loop.codes, compute_mode="donot_use_mm_for_euclid_dist")[:, 0]      # (n, codes)
+    # (n, codes)
+    apart = torch.cdist(own, loop.codes, compute_mode="donot_use_mm_for_euclid_dist")[:, 0]
     lead = {name: _lead(scores[name], chosen[name]) for name in scores}
-    state = (lead["code"] / apart.where(apart > 0, 1)).amin(-1)  # scores differ by the distance from the border times `apart`
-    return chosen, {"state": state, "logit": lead["answer"].amin(-1), "routing": lead["experts"].amin(-1)}
+    # scores differ by the distance from the border times `apart`
+    state = (lead["code"] / apart.where(apart > 0, 1)).amin(-1)
+    return chosen, {"state": state, "logit": lead["answer"].amin(-1),
+                    "routing": lead["experts"].amin(-1)}
 
 
 def _plain(model, x: Tensor) -> attention.Context:
@@ -275,6 +300,7 @@ def _plain(model, x: Tensor) -> attention.Context:
 
 
 def _lead(scores: Float[Tensor, "n choices"], chosen: Tensor) -> Float[Tensor, "n choices"]:
-    """By how much the lowest of the chosen scores, one or several in a row, is above each other; infinity at the chosen."""
+    """By how much the lowest of the chosen scores, one or several in a row, is above each
+    other; infinity at the chosen."""
     chosen = chosen.view(len(scores), -1)
     return (scores.gather(1, chosen).amin(1, keepdim=True) - scores).scatter(1, chosen, torch.inf)

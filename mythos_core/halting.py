@@ -1,4 +1,5 @@
-"""How a position or a pass ends its loops: by ACT's weights, or because nothing changes any more."""
+"""How a position or a pass ends its loops: by ACT's weights, or because
+nothing changes any more."""
 import torch
 import torch.nn as nn
 from jaxtyping import Bool, Float
@@ -6,7 +7,8 @@ from torch import Tensor
 
 from mythos_core.config import MythosConfig
 
-ROUNDING = 8  # units in the last place that a state with the carry may move and yet count as unchanged
+# units in the last place that a state with the carry may move and yet count as unchanged
+ROUNDING = 8
 
 
 class ACTHalting(nn.Module):
@@ -14,8 +16,8 @@ class ACTHalting(nn.Module):
     p_t = sigma(halt(h_t)) until the sum of p reaches the threshold; the loop that crosses it weighs
     1 minus the sum so far, and later ones nothing.
 
-    A position that never crosses keeps weights that sum to less than 1 ("act", as in open-mythos) or
-    gives what is left to the last loop ("act_remainder", as in Graves' paper).
+    A position that never crosses keeps weights that sum to less than 1 ("act", as in open-mythos)
+    or gives what is left to the last loop ("act_remainder", as in Graves' paper).
     """
 
     def __init__(self, config: MythosConfig):
@@ -27,9 +29,9 @@ class ACTHalting(nn.Module):
 
     def forward(self, h: Float[Tensor, "batch seq dim"], total: Float[Tensor, "batch seq"],
                 open: bool = True):
-        """p, the weight of this loop, what a last loop here would get on top of it (None for "act"),
-        and the sum of weights after it; each (B, S). `total` is that sum before this loop, 1 where a
-        position has halted; p is 0 where halting is not `open` yet.
+        """p, the weight of this loop, what a last loop here would get on top of it (None for
+        "act"), and the sum of weights after it; each (B, S). `total` is that sum before this loop,
+        1 where a position has halted; p is 0 where halting is not `open` yet.
         """
         p = torch.sigmoid(self.halt(h)).squeeze(-1).float()
         p = p if open is True else p * open
@@ -40,11 +42,12 @@ class ACTHalting(nn.Module):
 
 def settled(new: Float[Tensor, "batch seq dim"], old: Float[Tensor, "batch seq dim"],
             carry: bool) -> Bool[Tensor, "batch seq"]:
-    """Whether neither a position nor any before it changed in a strict loop: its state is final then,
-    since later loops compute it from the same numbers.
+    """Whether neither a position nor any before it changed in a strict loop: its state is final
+    then, since later loops compute it from the same numbers.
 
-    Unchanged is bit for bit. With the carry a state only comes nearer and nearer to its end; there it
-    means that no channel moved by more than `ROUNDING` units in the last place of the largest one.
+    Unchanged is bit for bit. With the carry a state only comes nearer and nearer to
+    its end; there it means that no channel moved by more than `ROUNDING` units in the
+    last place of the largest one.
     """
     if carry:
         unit = torch.finfo(new.dtype).eps * new.abs().amax(-1, keepdim=True)

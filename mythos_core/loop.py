@@ -23,11 +23,13 @@ class LoopRecord:
 
     loop: int                                                    # t, from 0
     h: Float[Tensor, "batch seq dim"]                            # h_{t+1}
-    output: Float[Tensor, "batch seq dim"]                       # what the coda would read if this loop were the last
+    # what the coda would read if this loop were the last
+    output: Float[Tensor, "batch seq dim"]
     expert_ids: Int[Tensor, "batch seq k"]                       # experts chosen
     halt_probability: Float[Tensor, "batch seq"] | None = None   # ACT: sigma(halt(h))
     halt_weight: Float[Tensor, "batch seq"] | None = None        # ACT: weight of h in the output
-    settled: Bool[Tensor, "batch seq"] | None = None             # strict: this loop changed nothing up to here
+    # strict: this loop changed nothing up to here
+    settled: Bool[Tensor, "batch seq"] | None = None
 
 
 Observer = Callable[[LoopRecord], None]
@@ -54,8 +56,8 @@ class TransformerBlock(nn.Module):
 
 
 class LTIInjection(nn.Module):
-    """A * h + B * e + out, with A = exp(-exp(log_dt + log_A)) a diagonal in (0, 1): the zero-order hold
-    of a stable linear system (Parcae, Prairie et al. 2026)."""
+    """A * h + B * e + out, with A = exp(-exp(log_dt + log_A)) a diagonal in (0, 1): the zero-order
+    hold of a stable linear system (Parcae, Prairie et al. 2026)."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -65,9 +67,10 @@ class LTIInjection(nn.Module):
     def get_A(self) -> Float[Tensor, "dim"]:
         """A, strictly in (0, 1) in the parameters' own dtype.
 
-        The formula is in (0, 1) for real numbers only: exp(-exp(5)) is 0 in float32 and exp(-exp(-6))
-        is 1 in bfloat16. So the exponent is held in [-15, 4], where the exact value is between 1.9e-24
-        and 1 - 3.1e-7, and the result below the last number under 1 of the dtype.
+        The formula is in (0, 1) for real numbers only: exp(-exp(5)) is 0 in float32 and
+        exp(-exp(-6)) is 1 in bfloat16. So the exponent is held in [-15, 4], where the
+        exact value is between 1.9e-24 and 1 - 3.1e-7, and the result below the last
+        number under 1 of the dtype.
         """
         dtype, limits = self.log_A.dtype, torch.finfo(self.log_A.dtype)
         exponent = (self.log_dt.float() + self.log_A.float()).clamp(-15, 4)
@@ -96,7 +99,8 @@ class LoopLoRA(nn.Module):
         self.scale = nn.Embedding(max_loops, rank)
         self.B = nn.Parameter(torch.empty(rank, dim))
 
-    def forward(self, out: Float[Tensor, "batch seq dim"], t: int) -> Float[Tensor, "batch seq dim"]:
+    def forward(self, out: Float[Tensor, "batch seq dim"],
+                t: int) -> Float[Tensor, "batch seq dim"]:
         scale = self.scale.weight[min(t, self.scale.num_embeddings - 1)]
         return out + (self.down(out) * scale) @ self.B
 
@@ -111,8 +115,8 @@ def previous(x: Float[Tensor, "batch seq width"], ctx: Context, layer: str, name
 
 
 def loop_embedding(n_loops: int, dim: int, like: Tensor) -> Float[Tensor, "loops dim"]:
-    """For each loop t: sin and cos of t * 10000^(-2i / width) on the first width = dim // 8 channels,
-    0 on the others."""
+    """For each loop t: sin and cos of t * 10000^(-2i / width) on the first width = dim // 8
+    channels, 0 on the others."""
     width, kind = dim // 8, dict(device=like.device, dtype=like.dtype)
     frequency = 10000.0 ** (torch.arange(0, width, 2, **kind) / width)
     angle = torch.arange(n_loops, **kind).unsqueeze(1) / frequency
@@ -124,16 +128,19 @@ class RecurrentBlock(nn.Module):
 
     With `config.strict` position i reads the states of the positions before it, and never its own:
 
-        z_i = norm(h_{i-1} + e_i),  h'_i = block(z_{i-window+1} .. z_i)  (+ A * h_i + B * e_i),  h_{-1} = 0
+        z_i = norm(h_{i-1} + e_i),
+        h'_i = block(z_{i-window+1} .. z_i)  (+ A * h_i + B * e_i),  h_{-1} = 0
 
     Then four things hold, for any weights (tests/test_strict.py):
 
-    1. Without the carry, position i (from 0) is the same from loop i + 1 on, bit for bit, whatever h_0
-       was: position 0 is computed from e alone, and position i from positions that have settled.
-    2. dh_{t+1} / dh_t is block lower triangular, with diag(A) on the diagonal, or 0 without the carry,
-       so its spectral radius is max A, or 0.
+    1. Without the carry, position i (from 0) is the same from loop i + 1 on, bit for bit,
+       whatever h_0 was: position 0 is computed from e alone, and position i from
+       positions that have settled.
+    2. dh_{t+1} / dh_t is block lower triangular, with diag(A) on the diagonal, or 0 without the
+       carry, so its spectral radius is max A, or 0.
     3. A loop that changes nothing is the last that matters.
-    4. Behind a settled past one loop settles a new position, so a cache needs one entry for all loops.
+    4. Behind a settled past one loop settles a new position, so a cache
+       needs one entry for all loops.
     """
 
     def __init__(self, config: MythosConfig):
@@ -148,14 +155,16 @@ class RecurrentBlock(nn.Module):
         self.register_buffer("codes", torch.zeros(config.codes, config.dim) if config.codes else None)
 
     def fixed(self, n_loops: int, like: Tensor):
-        """What the loops of a pass share: A, and the embedding of each of `n_loops`, if there is one."""
+        """What the loops of a pass share: A, and the embedding of each of
+        `n_loops`, if there is one."""
         embedded = self.config.loop_embedding
         embedding = loop_embedding(n_loops, self.config.dim, like) if embedded else None
         return self.injection.get_A(), embedding
 
     def step(self, h: Float[Tensor, "batch seq dim"], e: Float[Tensor, "batch seq dim"], t: int,
              ctx: Context, fixed=None):
-        """One loop: h_t -> (h_{t+1}, experts chosen). A pass over many loops makes what is `fixed` once."""
+        """One loop: h_t -> (h_{t+1}, experts chosen). A pass over many loops
+        makes what is `fixed` once."""
         A, embedding = fixed or self.fixed(t + 1, h)
         layer = "loop" if self.config.strict else f"loop.{t}"
         seen = previous(h, ctx, layer, "state") if self.config.strict else h
@@ -168,7 +177,7 @@ class RecurrentBlock(nn.Module):
         out = out if self.lora is None else self.lora(out, t)
         if not self.config.carry:
             return self.rounded(self.loop_norm(out)), expert_ids
-        if self.config.strict and ctx.cache is not None:         # what the past reads must have settled
+        if self.config.strict and ctx.cache is not None:  # what the past reads must have settled
             return self.injection.rest(e, out), expert_ids
         return self.loop_norm(self.injection(h, e, out, A)), expert_ids
 
@@ -179,9 +188,9 @@ class RecurrentBlock(nn.Module):
     def rounded(self, h: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq dim"]:
         """Each state replaced by the nearest of the codes, if there are any.
 
-        With codes no error of rounding is handed on: as long as a state lies nearer to its code than to
-        any other, every machine, every schedule of the loops and every shape of the batch hands on the
-        same numbers. `certificate.certify` proves that it does.
+        With codes no error of rounding is handed on: as long as a state lies nearer to its code
+        than to any other, every machine, every schedule of the loops and every shape of the batch
+        hands on the same numbers. `certificate.certify` proves that it does.
         """
         if self.codes is None:
             return h
@@ -191,20 +200,26 @@ class RecurrentBlock(nn.Module):
         """h . c - |c|^2 / 2 for each code c: the larger, the nearer."""
         return h @ self.codes.T - 0.5 * self.codes.square().sum(-1)
 
-    def last(self, z: Float[Tensor, "batch window dim"], e: Float[Tensor, "batch 1 dim"]) -> Float[Tensor, "batch 1 dim"]:
-        """The state, not rounded yet, of a strict loop's position whose window of inputs is z, with e its own."""
+    def last(self, z: Float[Tensor, "batch window dim"],
+             e: Float[Tensor, "batch 1 dim"]) -> Float[Tensor, "batch 1 dim"]:
+        """The state, not rounded yet, of a strict loop's position whose window of
+        inputs is z, with e its own."""
         ctx = Context.of(self.config, len(z), z.shape[1], None, like=z)
         out = self.block(z, ctx, "loop")[0][:, -1:]
         return self.injection.rest(e, out) if self.config.carry else self.loop_norm(out)
 
-    def settle(self, e: Float[Tensor, "batch seq dim"], hand_on: Callable | None = None) -> Float[Tensor, "batch seq dim"]:
-        """The settled states of a strict loop, left to right: each position is evaluated once, behind
-        states that are final. The same as at least S loops, and so is the gradient, for 1 / S of the work.
+    def settle(self, e: Float[Tensor, "batch seq dim"],
+               hand_on: Callable | None = None) -> Float[Tensor, "batch seq dim"]:
+        """The settled states of a strict loop, left to right: each position is evaluated
+        once, behind states that are final. The same as at least S loops, and so is the
+        gradient, for 1 / S of the work.
 
         Args:
-            hand_on: (state (B, 1, dim), position) -> what the positions behind read in its place, in training.
+            hand_on: (state (B, 1, dim), position) -> what the positions behind
+                read in its place, in training.
         """
-        window, zs, states, before = self.config.window or e.shape[1], [], [], torch.zeros_like(e[:, :1])
+        window, zs, states, before = (self.config.window or e.shape[1], [], [],
+                                      torch.zeros_like(e[:, :1]))
         for position, own in enumerate(e.split(1, 1)):           # own: (B, 1, dim)
             zs.append(self._noisy(self.norm(before + own)))
             states.append(self.rounded(self.last(torch.cat(zs[-window:], 1), own)))
@@ -212,8 +227,8 @@ class RecurrentBlock(nn.Module):
         return torch.cat(states, 1)
 
     def _start(self, e):
-        """h_0: the input, or in training, with start_noise, for half of the strings a point thrown far
-        from it."""
+        """h_0: the input, or in training, with start_noise, for half of the strings a
+        point thrown far from it."""
         if not (self.training and self.config.start_noise):
             return e
         thrown = torch.rand(len(e), 1, 1, device=e.device) < 0.5
@@ -223,10 +238,10 @@ class RecurrentBlock(nn.Module):
                 observer: Observer | None = None):
         """h_T, or with ACT the halting-weighted sum of h_1 .. h_T; (B, S, dim).
 
-        Without a cache ACT's loop ends when every position has halted, which changes no output; under
-        `torch.compile` every loop runs, since one graph cannot ask for a value. With a cache too: a
-        later token may loop longer, and then reads what these positions left at every loop. "settled"
-        ends after the first loop that changes nothing, with a cache and without.
+        Without a cache ACT's loop ends when every position has halted, which changes no output;
+        under `torch.compile` every loop runs, since one graph cannot ask for a value. With a cache
+        too: a later token may loop longer, and then reads what these positions left at every loop.
+        "settled" ends after the first loop that changes nothing, with a cache and without.
         """
         if self.config.strict:
             return self._loop_strictly(e, n_loops, ctx, observer)
@@ -259,5 +274,5 @@ class RecurrentBlock(nn.Module):
                 observer(LoopRecord(t, h, h, expert_ids, settled=still))
             if halts and bool(still[:, -1].all()):
                 break
-        ctx.remember("loop", "state", h, keep=1)                 # a later position reads it as it ended
+        ctx.remember("loop", "state", h, keep=1)          # a later position reads it as it ended
         return h

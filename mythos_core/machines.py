@@ -1,7 +1,7 @@
 """Finite-state machines: what a strict model is trained to be, and what is read off it.
 
-Token j + 1 is letter j. A machine answers at every position, with a token: in a Mealy machine's way, by
-the state that it is in and the letter that it reads (Mealy 1955).
+Token j + 1 is letter j. A machine answers at every position, with a token: in a Mealy machine's
+way, by the state that it is in and the letter that it reads (Mealy 1955).
 """
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from mythos_core.groups import draw_letters, group
 
-MOST_LETTERS = 12  # elements of a group that are all letters of its machine; of a larger one, its generators are
+# elements of a group that are all letters of its machine; of a larger one, its generators are
+MOST_LETTERS = 12
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,10 +40,12 @@ class Machine:
     def __post_init__(self):
         table, states = self.next_state, len(self.next_state)
         if table.dim() != 2 or not table.numel() or table.shape != self.answer.shape:
-            raise ValueError(f"next_state, answer: of shapes {tuple(table.shape)}, {tuple(self.answer.shape)}: "
+            raise ValueError(f"next_state, answer: of shapes {tuple(table.shape)}, "
+                             f"{tuple(self.answer.shape)}: "
                              "must both be (states, letters), neither of them 0")
         if table.min() < 0 or table.max() >= states:
-            raise ValueError(f"next_state = {table.min()} .. {table.max()}: must be in 0 .. states - 1 = {states - 1}")
+            raise ValueError(f"next_state = {table.min()} .. {table.max()}: "
+                             f"must be in 0 .. states - 1 = {states - 1}")
         if self.answer.min() < 0:
             raise ValueError(f"answer = {self.answer.min()}: must be tokens, 0 or more")
         if not 0 <= self.start < states:
@@ -50,7 +53,8 @@ class Machine:
 
     @classmethod
     def from_table(cls, next_state, start: int = 0, name: str = "table") -> "Machine":
-        """The machine of a table (states, letters) of next states that answers the state it comes to, state s as token s + 1."""
+        """The machine of a table (states, letters) of next states that answers the state it comes
+        to, state s as token s + 1."""
         table = torch.as_tensor(next_state, dtype=torch.int64)
         return cls(name, table, table + 1, start)
 
@@ -59,7 +63,8 @@ class Machine:
         return len(self.next_state)
 
     def __eq__(self, other) -> bool:
-        """The same tables and start: for minimal machines, whether they answer all strings alike."""
+        """The same tables and start: for minimal machines, whether they
+        answer all strings alike."""
         if not isinstance(other, Machine):
             return NotImplemented
         pairs = (self.next_state, other.next_state), (self.answer, other.answer)
@@ -71,28 +76,31 @@ class Machine:
 
     @property
     def vocab_size(self) -> int:
-        """What a model needs: a token for each letter and each answer, and token 0, which is neither."""
+        """What a model needs: a token for each letter and each answer, and
+        token 0, which is neither."""
         return max(self.letters, int(self.answer.max())) + 1
 
     def as_dict(self) -> dict:
         """Every field as JSON has it."""
-        return {"name": self.name, "next_state": self.next_state.tolist(), "answer": self.answer.tolist(),
-                "start": self.start}
+        return {"name": self.name, "next_state": self.next_state.tolist(),
+                "answer": self.answer.tolist(), "start": self.start}
 
-    def make_batch(self, batch: int, seq_len: int, generator: torch.Generator | None = None, device=None,
-                   strings: str = "uniform") -> tuple[Tensor, Tensor]:
+    def make_batch(self, batch: int, seq_len: int, generator: torch.Generator | None = None,
+                   device=None, strings: str = "uniform") -> tuple[Tensor, Tensor]:
         """`batch` random strings and their right answers: ids, targets, (batch, seq_len) int64.
 
         Args:
-            strings: of `groups.draw_letters`, or "covering": a third uniform, a third mixed, and a third that
-                begin with a shortest way to a state drawn at random and are uniform from there, so that moves
-                from states that random strings hardly come to are met.
+            strings: of `groups.draw_letters`, or "covering": a third uniform, a third mixed, and a
+                third that begin with a shortest way to a state drawn at random and are uniform from
+                there, so that moves from states that random strings hardly come to are met.
         """
         if strings != "covering":
             ids = (draw_letters(self.letters, batch, seq_len, generator, strings) + 1).to(device)
             return ids, self.answers(ids)
-        uniform, mixed = (draw_letters(self.letters, batch, seq_len, generator, kind) for kind in ("uniform", "mixed"))
-        way = self.shortest_ways[torch.randint(len(self.shortest_ways), (batch,), generator=generator), :seq_len]
+        uniform, mixed = (draw_letters(self.letters, batch, seq_len, generator, kind)
+                          for kind in ("uniform", "mixed"))
+        way = self.shortest_ways[torch.randint(len(self.shortest_ways), (batch,),
+                                               generator=generator), :seq_len]
         way = F.pad(way, (0, seq_len - way.shape[1]), value=-1)
         kind = torch.randint(3, (batch, 1), generator=generator)
         letters = torch.where(kind == 0, mixed, torch.where((kind == 1) & (way >= 0), way, uniform))
@@ -101,7 +109,8 @@ class Machine:
 
     @cached_property
     def shortest_ways(self) -> Int[Tensor, "reached longest"]:
-        """For each state that the start reaches a shortest string to it, as letters, -1 behind its end."""
+        """For each state that the start reaches a shortest string to it, as
+        letters, -1 behind its end."""
         ways, order = {self.start: []}, [self.start]
         for state in order:
             for letter, after in enumerate(self.next_state[state].tolist()):
@@ -114,7 +123,8 @@ class Machine:
 
     def run(self, ids: Int[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:
         """The state after each letter."""
-        table, state, states = self.next_state.to(ids.device), torch.full_like(ids[:, 0], self.start), []
+        table, state, states = (self.next_state.to(ids.device),
+                                torch.full_like(ids[:, 0], self.start), [])
         for letter in (ids - 1).unbind(1):
             state = table[state, letter]
             states.append(state)
@@ -126,18 +136,21 @@ class Machine:
         return self.answer.to(ids.device)[before, ids - 1]
 
     def minimal(self) -> "Machine":
-        """The smallest machine with the same answers to all strings, its states numbered in the order in
-        which a search meets them, letter by letter: two machines answer alike if these are equal."""
+        """The smallest machine with the same answers to all strings, its states numbered
+        in the order in which a search meets them, letter by letter: two machines answer
+        alike if these are equal."""
         moves, answers = self.next_state.tolist(), self.answer.tolist()
-        return minimal(self.name, self.start, self.letters, lambda state: list(zip(moves[state], answers[state])))
+        return minimal(self.name, self.start, self.letters,
+                       lambda state: list(zip(moves[state], answers[state])))
 
 
 def minimal(name: str, start, letters: int, moves: Callable) -> Machine:
-    """The minimal machine of one that is given by its moves: moves(state) = [(next state, answer), ...], one
-    for each letter. States may be anything that can be hashed; those that the start does not reach are not asked.
+    """The minimal machine of one that is given by its moves:
+    moves(state) = [(next state, answer), ...], one for each letter. States may be anything that
+    can be hashed; those that the start does not reach are not asked.
 
-    A Mealy machine is a deterministic automaton that accepts strings of (letter, answer) pairs, so automata-lib's
-    minimal automaton (Hopcroft 1971) gives its minimal form.
+    A Mealy machine is a deterministic automaton that accepts strings of (letter, answer) pairs, so
+    automata-lib's minimal automaton (Hopcroft 1971) gives its minimal form.
     """
     table, todo = {}, [start]
     while todo:
@@ -148,10 +161,12 @@ def minimal(name: str, start, letters: int, moves: Callable) -> Machine:
     pairs = {state: {(letter, answer): after for letter, (after, answer) in enumerate(found)}
              for state, found in table.items()}
     smallest = DFA(states=set(pairs), input_symbols={pair for row in pairs.values() for pair in row},
-                   transitions=pairs, initial_state=start, final_states=set(pairs), allow_partial=True).minify()
+                   transitions=pairs, initial_state=start, final_states=set(pairs),
+                   allow_partial=True).minify()
     number, rows = {smallest.initial_state: 0}, []
     for state in (order := [smallest.initial_state]):
-        row = sorted((letter, answer, after) for (letter, answer), after in smallest.transitions[state].items())
+        row = sorted((letter, answer, after)
+                     for (letter, answer), after in smallest.transitions[state].items())
         for _, _, after in row:
             if after not in number:
                 number[after] = len(number)
@@ -163,8 +178,9 @@ def minimal(name: str, start, letters: int, moves: Callable) -> Machine:
 
 @lru_cache
 def machine(name: str) -> Machine:
-    """A machine by name: "parity", or a group of `groups.group`, whose state is the product so far and whose answer
-    is that state. Letter j is element j where the group has at most 12 elements, else generator j.
+    """A machine by name: "parity", or a group of `groups.group`, whose state is the product
+    so far and whose answer is that state. Letter j is element j where the group has at most
+    12 elements, else generator j.
 
     ValueError for another name.
     """

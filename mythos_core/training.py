@@ -1,5 +1,5 @@
-"""Training by a recipe: with progress, interruptible, resumable to the same bits; and until it is proved, if
-the recipe says what the model is to be.
+"""Training by a recipe: with progress, interruptible, resumable to the same bits; and until it is
+proved, if the recipe says what the model is to be.
 
     python -m mythos_core.training --recipe parity-extrapolating --seed 0 --out build/run
     python -m mythos_core.training --machine S3 --seed 0 --out build/run
@@ -38,11 +38,13 @@ class NotProved(RuntimeError):
 
 @dataclass
 class Run:
-    """A training run: the model, and one row a step: step, loss, accuracy (token, on scored positions of the batch), seconds
-    since the start, and at every 50th step and the last `router_bias` and `held_out`: whole-string accuracy on 256 fresh
-    uniform strings of the longest length at the most loops; at attempts at a proof `proved`.
+    """A training run: the model, and one row a step: step, loss, accuracy (token, on scored
+    positions of the batch), seconds since the start, and at every 50th step and the last
+    `router_bias` and `held_out`: whole-string accuracy on 256 fresh uniform strings of the longest
+    length at the most loops; at attempts at a proof `proved`.
 
-    Of a recipe with a machine, `certificate` is the proof, and `model` the one that it is about, its states rounded to codes.
+    Of a recipe with a machine, `certificate` is the proof, and `model` the one that it is about,
+    its states rounded to codes.
     """
 
     recipe: Recipe
@@ -52,18 +54,22 @@ class Run:
     certificate: Certificate | None = None
 
 
-def train(recipe: Recipe | str, seed: int = 0, device=None, progress: bool = True, out=None, resume: bool = False) -> Run:
+def train(recipe: Recipe | str, seed: int = 0, device=None, progress: bool = True, out=None,
+          resume: bool = False) -> Run:
     """Train a model by a recipe, or by the name of one.
 
-    All randomness of step i comes from (seed, i), so that a resumed run is the uninterrupted one, bit for bit.
+    All randomness of step i comes from (seed, i), so that a resumed run is the
+    uninterrupted one, bit for bit.
 
     Args:
         out: folder for checkpoint.pt (every 100 steps, at Ctrl-C, at the end), and at the end for
-            the model, as `save_pretrained` writes it, history.json, and of a proved model certificate.json.
+            the model, as `save_pretrained` writes it, history.json, and of a
+            proved model certificate.json.
         resume: go on from `out`'s checkpoint, if there is one.
 
     Raises:
-        FloatingPointError: the loss is not finite; names the step, and the last good checkpoint stays.
+        FloatingPointError: the loss is not finite; names the step, and
+            the last good checkpoint stays.
         NotProved: the recipe's steps are over before the certificate holds; the checkpoint stays.
         ValueError: unknown recipe, or a checkpoint of another recipe or seed.
     """
@@ -72,7 +78,8 @@ def train(recipe: Recipe | str, seed: int = 0, device=None, progress: bool = Tru
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         run = Run(recipe, seed, OpenMythos(recipe.config).to(device))
-        optimizer = torch.optim.AdamW(run.model.parameters(), recipe.lr, recipe.betas, weight_decay=recipe.weight_decay, fused=True)
+        optimizer = torch.optim.AdamW(run.model.parameters(), recipe.lr, recipe.betas,
+                                      weight_decay=recipe.weight_decay, fused=True)
         if resume and checkpoint and checkpoint.exists():
             _load(checkpoint, run, optimizer)
         try:
@@ -86,10 +93,12 @@ def train(recipe: Recipe | str, seed: int = 0, device=None, progress: bool = Tru
     if recipe.machine is not None:
         _conclude(run)
     if out:
-        run.model.save_pretrained(out, config={**vars(run.model.config), "provenance": provenance(run)})
+        run.model.save_pretrained(out, config={**vars(run.model.config),
+                                               "provenance": provenance(run)})
         Path(out, "history.json").write_text(json.dumps(run.history))
         if run.certificate:
-            Path(out, "certificate.json").write_text(json.dumps(run.certificate.summary(), indent=1) + "\n")
+            Path(out, "certificate.json").write_text(
+                json.dumps(run.certificate.summary(), indent=1) + "\n")
     return run
 
 
@@ -97,15 +106,19 @@ def _conclude(run: Run):
     """The proof of a finished run's model, and in the model's place the one that it is about."""
     run.certificate = certify(run.model, run.recipe.machine)
     if not run.certificate.proved:
-        raise NotProved(f"{run.recipe.name}, seed {run.seed}: not proved in {len(run.history)} steps: {run.certificate.reason}")
+        raise NotProved(f"{run.recipe.name}, seed {run.seed}: not proved in "
+                        f"{len(run.history)} steps: {run.certificate.reason}")
     run.model = run.certificate.model
 
 
 def train_all(jobs: list[tuple[Recipe | str, int]], progress: bool = True) -> list[Run]:
-    """The runs of several (recipe, seed), in the order given: one for each of torch's threads at a time, in fresh processes of one thread
-    each, so that the numbers do not depend on the machine's cores."""
+    """The runs of several (recipe, seed), in the order given: one for each of torch's
+    threads at a time, in fresh processes of one thread each, so that the numbers do not
+    depend on the machine's cores."""
     with ProcessPoolExecutor(torch.get_num_threads(), get_context("spawn")) as pool:
-        return [pickle.loads(run) for run in tqdm(pool.map(_train_alone, *zip(*jobs)), total=len(jobs), unit="run", disable=not progress)]
+        return [pickle.loads(run) for run in tqdm(pool.map(_train_alone, *zip(*jobs)),
+                                                  total=len(jobs), unit="run",
+                                                  disable=not progress)]
 
 
 def _train_alone(recipe: Recipe | str, seed: int) -> bytes:
@@ -116,22 +129,28 @@ def _train_alone(recipe: Recipe | str, seed: int) -> bytes:
 
 def commit() -> str | None:
     """The commit of the code that runs, if it runs from a repository."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
+                         capture_output=True, text=True, check=False)
     return git.stdout.strip() if git.returncode == 0 else None
 
 
 def provenance(run: Run) -> dict:
-    """Where a model comes from: the command that trains it again, the commit it was trained at, and what it reached."""
+    """Where a model comes from: the command that trains it again, the commit it was
+    trained at, and what it reached."""
     return {
-        "command": f"python -m mythos_core.training --recipe {run.recipe.name} --seed {run.seed} --out DIR",
-        "recipe": run.recipe.as_dict() | {"config": "the fields beside this one"}, "seed": run.seed, "commit": commit(), "torch": torch.__version__,
-        "metrics": {"steps": len(run.history)} | {name: run.history[-1][name] for name in ("loss", "accuracy", "held_out")}}
+        "command": f"python -m mythos_core.training --recipe {run.recipe.name} "
+                   f"--seed {run.seed} --out DIR",
+        "recipe": run.recipe.as_dict() | {"config": "the fields beside this one"},
+        "seed": run.seed, "commit": commit(), "torch": torch.__version__,
+        "metrics": {"steps": len(run.history)} | {
+            name: run.history[-1][name] for name in ("loss", "accuracy", "held_out")}}
 
 
 def _loop(run: Run, optimizer, checkpoint, progress):
     recipe, before = run.recipe, run.history[-1]["seconds"] if run.history else 0.0
     start, shown = time.perf_counter() - before, {}
-    with tqdm(total=recipe.steps, initial=len(run.history), desc=f"{recipe.name} seed {run.seed}", disable=not progress) as bar:
+    with tqdm(total=recipe.steps, initial=len(run.history), desc=f"{recipe.name} seed {run.seed}",
+              disable=not progress) as bar:
         while not finished(run):
             step = len(run.history)
             torch.manual_seed((run.seed * 1_000_003 + step + 1) % 2 ** 32)
@@ -140,10 +159,12 @@ def _loop(run: Run, optimizer, checkpoint, progress):
             shown["proof"] = _attempt(run, row) or shown.get("proof", "")
             row["seconds"] = time.perf_counter() - start
             if (step + 1) % EVAL_EVERY == 0 or finished(run):
-                row |= {"held_out": held_out(run.model, recipe), "router_bias": run.model.recurrent.block.ffn.router_bias.tolist()}
+                row |= {"held_out": held_out(run.model, recipe),
+                        "router_bias": run.model.recurrent.block.ffn.router_bias.tolist()}
                 shown["whole"] = f"{row['held_out']:.2f}"
             said = {name: text for name, text in shown.items() if text}
-            bar.set_postfix(loss=f"{row['loss']:.4f}", acc=f"{row['accuracy']:.2f}", **said, refresh=False)
+            bar.set_postfix(loss=f"{row['loss']:.4f}", acc=f"{row['accuracy']:.2f}", **said,
+                            refresh=False)
             bar.update()
             if checkpoint and (step + 1) % SAVE_EVERY == 0:
                 _save(checkpoint, run, optimizer)
@@ -151,10 +172,11 @@ def _loop(run: Run, optimizer, checkpoint, progress):
 
 
 def fall(history: list[dict]) -> tuple[int, int] | None:
-    """The first step of the latest fall of the learning rate, and the one after its last; None before the first proof.
+    """The first step of the latest fall of the learning rate, and the one after its last;
+    None before the first proof.
 
-    A fall begins at a proof, and takes as many steps again as led there. Where the proof does not hold at its end,
-    the rate is what it was, and the next proof begins another.
+    A fall begins at a proof, and takes as many steps again as led there. Where the proof does not
+    hold at its end, the rate is what it was, and the next proof begins another.
     """
     span = None
     for row in history:
@@ -173,7 +195,8 @@ def finished(run: Run) -> bool:
 
 
 def _attempt(run: Run, row: dict) -> str:
-    """Try a proof after a step where that is due; what to show of it. In a fall it is due at the end only."""
+    """Try a proof after a step where that is due; what to show of it. In a fall
+    it is due at the end only."""
     done, span = row["step"] + 1, fall(run.history)
     falling = span is not None and done < span[1]
     due = done % CERTIFY_EVERY == 0 and row["accuracy"] > 0.99 and not falling
@@ -191,13 +214,16 @@ def _step(run: Run, optimizer, step) -> dict:
     for parameters in optimizer.param_groups:
         parameters["lr"] = learning_rate(recipe, step, fall(run.history))
     length, n_loops = draw(recipe, step)
-    ids, targets = recipe.make_batch(recipe.batch, length, strings=recipe.strings, device=model.embed.weight.device)
+    ids, targets = recipe.make_batch(recipe.batch, length, strings=recipe.strings,
+                                     device=model.embed.weight.device)
     scored = length
     if recipe.reach:
-        scored = min(length, int(recipe.reach * sum(recipe.config.shift_growth ** t for t in range(n_loops))))
+        scored = min(length, int(recipe.reach * sum(recipe.config.shift_growth ** t
+                                                    for t in range(n_loops))))
     logits, also = _settled(run, ids) if n_loops is None else _looped(run, ids, n_loops)
     logits, targets = logits[:, :scored].flatten(0, 1), targets[:, :scored].flatten()
-    loss = F.cross_entropy(logits, targets) + also + recipe.config.balance_loss * model.recurrent.block.ffn.imbalance
+    loss = (F.cross_entropy(logits, targets) + also
+            + recipe.config.balance_loss * model.recurrent.block.ffn.imbalance)
     if not torch.isfinite(loss):
         raise FloatingPointError(f"loss = {loss.item()} at step {step} of recipe {recipe.name}")
     optimizer.zero_grad()
@@ -214,12 +240,13 @@ def _looped(run: Run, ids, n_loops):
     logits = run.model(ids, n_loops, observer=records.append)
     if not run.recipe.ponder_cost:
         return logits, 0.0
-    return logits, run.recipe.ponder_cost * ponder(torch.stack([record.halt_weight for record in records]))
+    return logits, run.recipe.ponder_cost * ponder(
+        torch.stack([record.halt_weight for record in records]))
 
 
 def _settled(run: Run, ids):
-    """Logits of the settled states, and what is added to their loss. Half of the states are handed on as what their machine
-    state has in common: as they will be once they are rounded."""
+    """Logits of the settled states, and what is added to their loss. Half of the states are handed
+    on as what their machine state has in common: as they will be once they are rounded."""
     model, recipe, span = run.model, run.recipe, fall(run.history)
     ctx, states = model.context(ids), recipe.machine.run(ids)
 
@@ -239,23 +266,27 @@ def means_by(h: Float[Tensor, "n dim"], label: Int[Tensor, "n"]) -> Float[Tensor
     return (sums / group.bincount().unsqueeze(1))[group]
 
 
-def center_loss(h: Float[Tensor, "batch seq dim"], states: Int[Tensor, "batch seq"]) -> Float[Tensor, ""]:
-    """Mean squared distance of h from the batch's mean of its machine state, in units of the mean square of h (after the
-    center loss of Wen et al. 2016): states that mean the same come to be the same, which a code can then be."""
+def center_loss(h: Float[Tensor, "batch seq dim"],
+                states: Int[Tensor, "batch seq"]) -> Float[Tensor, ""]:
+    """Mean squared distance of h from the batch's mean of its machine state, in units of the mean
+    square of h (after the center loss of Wen et al. 2016): states that mean the same come to be the
+    same, which a code can then be."""
     h = h.flatten(0, 1)
-    return (h - means_by(h, states.flatten())).square().sum(-1).mean() / h.detach().square().sum(-1).mean()
+    return ((h - means_by(h, states.flatten())).square().sum(-1).mean()
+            / h.detach().square().sum(-1).mean())
 
 
 def ponder(weight: Float[Tensor, "loops batch seq"]) -> Float[Tensor, ""]:
-    """Graves' ponder cost N + R: the loops until a position halts, and the weight of the last of them, which has the gradient."""
+    """Graves' ponder cost N + R: the loops until a position halts, and the weight of the last of
+    them, which has the gradient."""
     loops = torch.arange(1, len(weight) + 1, device=weight.device)[:, None, None]
     stopped_at = ((weight > 0) * loops).amax(0)
     return (stopped_at + weight.gather(0, (stopped_at - 1).clamp(min=0)[None])[0]).float().mean()
 
 
 def learning_rate(recipe: Recipe, step: int, span: tuple[int, int] | None = None) -> float:
-    """Linear warm-up, constant, linear decay: over the last part of the recipe's steps, or of a recipe with a machine over
-    the `span` of a `fall`."""
+    """Linear warm-up, constant, linear decay: over the last part of the recipe's steps, or of a
+    recipe with a machine over the `span` of a `fall`."""
     rise = min(1.0, (step + 1) / recipe.warmup) if recipe.warmup else 1.0
     decline = min(1.0, (1 - step / recipe.steps) / recipe.decay + 0.01) if recipe.decay else 1.0
     if span and span[0] <= step < span[1]:
@@ -264,7 +295,8 @@ def learning_rate(recipe: Recipe, step: int, span: tuple[int, int] | None = None
 
 
 def draw(recipe: Recipe, step: int) -> tuple[int, int | None]:
-    """String length and loops of a step, from torch's default generator; loops None: until settled."""
+    """String length and loops of a step, from torch's default generator;
+    loops None: until settled."""
     shortest, longest = recipe.lengths
     if recipe.curriculum:
         longest = max(3, min(longest, int(3 + step / recipe.steps / recipe.curriculum * longest)))
@@ -272,13 +304,15 @@ def draw(recipe: Recipe, step: int) -> tuple[int, int | None]:
     if recipe.loops is None:
         return length, None
     fewest, most = recipe.loops
-    most = most if recipe.spare_loops is None else max(fewest, min(most, length + recipe.spare_loops))
+    most = most if recipe.spare_loops is None else max(
+        fewest, min(most, length + recipe.spare_loops))
     return length, int(torch.randint(fewest, most + 1, ()))
 
 
 @torch.no_grad()
 def held_out(model: OpenMythos, recipe: Recipe, batch: int = 256) -> float:
-    """Whole-string accuracy on fresh uniform strings of the longest trained length, at the most trained loops."""
+    """Whole-string accuracy on fresh uniform strings of the longest trained length,
+    at the most trained loops."""
     generator = torch.Generator().manual_seed(2 ** 32 - 1)   # no training step has this seed
     ids, targets = recipe.make_batch(batch, recipe.lengths[1], generator, model.embed.weight.device)
     n_loops = recipe.loops and recipe.loops[1]
@@ -288,7 +322,8 @@ def held_out(model: OpenMythos, recipe: Recipe, batch: int = 256) -> float:
 def _save(checkpoint: Path, run: Run, optimizer):
     """Written beside, then renamed: a checkpoint is whole or not there."""
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"recipe": json.dumps(run.recipe.as_dict()), "seed": run.seed, "history": run.history, "model": run.model.state_dict(),
+    torch.save({"recipe": json.dumps(run.recipe.as_dict()), "seed": run.seed,
+                "history": run.history, "model": run.model.state_dict(),
                 "optimizer": optimizer.state_dict()}, checkpoint.with_suffix(".tmp"))
     os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
 
@@ -296,25 +331,29 @@ def _save(checkpoint: Path, run: Run, optimizer):
 def _load(checkpoint: Path, run: Run, optimizer):
     try:
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except Exception as error:                                   # which, depends on where it is torn
+    except Exception as error:                       # which, depends on where it is torn
         raise OSError(f"{checkpoint}: damaged: {error}") from error
     for name, value in {"recipe": json.dumps(run.recipe.as_dict()), "seed": run.seed}.items():
         if saved[name] != value:
-            raise ValueError(f"{checkpoint} is of {name} {saved[name]}, not {value}: choose another folder, or do not resume")
+            raise ValueError(f"{checkpoint} is of {name} {saved[name]}, not {value}: "
+                             "choose another folder, or do not resume")
     run.model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     run.history = saved["history"]
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m mythos_core.training", description="Train a recipe from scratch.")
+    parser = argparse.ArgumentParser(prog="python -m mythos_core.training",
+                                     description="Train a recipe from scratch.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--recipe", help=f"one of {sorted(RECIPES)}")
-    what.add_argument("--machine", help="train until it is proved to be this machine: parity, or a group such as S3")
+    what.add_argument("--machine", help="train until it is proved to be this machine: parity, "
+                                        "or a group such as S3")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="instead of the recipe's own number")
     parser.add_argument("--device")
-    parser.add_argument("--out", required=True, help="folder for checkpoint, weights, history and certificate")
+    parser.add_argument("--out", required=True,
+                        help="folder for checkpoint, weights, history and certificate")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     args = parser.parse_args(argv)
     try:
@@ -327,8 +366,10 @@ def main(argv=None):
         parser.exit(130, f"\nstopped; go on with --resume (checkpoint in {args.out})\n")
     last, proof = run.history[-1], ""
     if run.certificate:
-        proof = f", proved by {run.certificate.contexts} contexts with {len(run.certificate.codes)} codes"
-    print(f"{recipe.name}, seed {args.seed}: loss {last['loss']:.5f}, whole strings {last['held_out']:.3f}{proof}, "
+        proof = (f", proved by {run.certificate.contexts} contexts "
+                 f"with {len(run.certificate.codes)} codes")
+    print(f"{recipe.name}, seed {args.seed}: loss {last['loss']:.5f}, "
+          f"whole strings {last['held_out']:.3f}{proof}, "
           f"{last['seconds']:.1f} s; weights in {args.out}")
 
 

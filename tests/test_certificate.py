@@ -14,7 +14,8 @@ from mythos_core.certificate import automaton, certify
 from mythos_core.machines import Machine, machine
 from mythos_core.model import PRETRAINED, shipped
 
-PROVED = {"parity-extrapolating": "parity", "state-Z5": "Z5", "state-S3": "S3", "state-A5": "A5", "state-S5": "S5"}
+PROVED = {"parity-extrapolating": "parity", "state-Z5": "Z5", "state-S3": "S3", "state-A5": "A5",
+          "state-S5": "S5"}
 FREE = dict(rope=False, max_seq_len=None)
 
 
@@ -35,10 +36,12 @@ def every_string(letters, length):
 
 
 @settings(deadline=None, max_examples=25)
-@given(seed=st.integers(0, 999), codes=st.integers(1, 3), window=st.sampled_from([1, 2, 3]), attn_type=st.sampled_from(["gqa", "mla"]),
+@given(seed=st.integers(0, 999), codes=st.integers(1, 3), window=st.sampled_from([1, 2, 3]),
+       attn_type=st.sampled_from(["gqa", "mla"]),
        prelude_layers=st.integers(0, 2), coda_layers=st.integers(0, 2))
 def test_the_machine_read_off_a_model_answers_as_the_model_does(seed, codes, **changes):
-    """The closure against the model itself, on all strings of 1 to 8 elements and some of 60: no training, no luck."""
+    """The closure against the model itself, on all strings of 1 to 8 elements and some of
+    60: no training, no luck."""
     model = coded(seed, codes, torch.float64, **changes)
     found = automaton(model, 2)
     for ids in (*(every_string(2, n) for n in range(1, 9)), torch.randint(1, 3, (20, 60))):
@@ -58,16 +61,19 @@ def test_a_model_that_is_wrong_in_one_transition_is_refused_with_the_shortest_st
     asked = Machine("another", right.next_state, answer)
     proof = certify(model, asked)
     assert not proof.proved and proof.wrong > 0
-    length = next(n for n in range(1, 30) if (right.answers(every_string(2, n)) != asked.answers(every_string(2, n))).any())
+    length = next(n for n in range(1, 30) if (right.answers(every_string(2, n))
+                                              != asked.answers(every_string(2, n))).any())
     assert proof.reason == f"a string of {length} elements is answered wrong"
 
 
 def but_for(of: Machine, length: int, at: int) -> Machine:
-    """The machine that answers as `of` does but at one position, `at`, of the strings; it counts to `length` to know."""
+    """The machine that answers as `of` does but at one position, `at`, of the strings; it
+    counts to `length` to know."""
     states = len(of)
-    step = torch.arange(length + 1).repeat_interleave(states)               # (step, state) as one number
+    step = torch.arange(length + 1).repeat_interleave(states)    # (step, state) as one number
     move = of.next_state.repeat(length + 1, 1) + states * (step + 1).clamp(max=length)[:, None]
-    answer = torch.where(step[:, None] == at, of.answer.roll(1, 0).repeat(length + 1, 1), of.answer.repeat(length + 1, 1))
+    answer = torch.where(step[:, None] == at, of.answer.roll(1, 0).repeat(length + 1, 1),
+                         of.answer.repeat(length + 1, 1))
     return Machine("but for one", move, answer, of.start)
 
 
@@ -87,19 +93,22 @@ def test_a_model_that_starts_wrong_is_refused():
 
 @pytest.mark.parametrize("name", ["parity-seed", "parity-carrying"])
 def test_models_of_another_kind_are_refused_before_any_work(name):
-    with pytest.raises(ValueError, match=r"model.config.strict = False: must be True for a certificate"):
+    with pytest.raises(ValueError, match=r"model.config.strict = False: "
+                                         r"must be True for a certificate"):
         certify(OpenMythos.from_pretrained(name), machine("parity"))
 
 
 @pytest.mark.parametrize("changes, named", [
-    (dict(carry=True), "carry = True"), (dict(rope=True, max_seq_len=9), "rope = True"), (dict(window=None), "window = None")])
+    (dict(carry=True), "carry = True"), (dict(rope=True, max_seq_len=9), "rope = True"),
+    (dict(window=None), "window = None")])
 def test_what_the_theorem_does_not_cover_is_refused_by_name(changes, named):
     with pytest.raises(ValueError, match=f"model.config.{named}"):
         certify(strict_model(**{**FREE, "window": 2, **changes}), machine("parity"))
 
 
 def test_a_machine_larger_than_the_vocabulary_is_refused():
-    with pytest.raises(ValueError, match=r"machine 'S3' has tokens up to 6: must be below model.config.vocab_size = 6"):
+    with pytest.raises(ValueError, match=r"machine 'S3' has tokens up to 6: "
+                                         r"must be below model.config.vocab_size = 6"):
         certify(strict_model(**FREE, window=1), machine("S3"))
 
 
@@ -135,12 +144,14 @@ def test_shipped_models_are_proved_again_and_say_so_beside_their_weights(name):
     model, asked = OpenMythos.from_pretrained(name), machine(PROVED[name])
     proof = certify(model, asked)
     assert proof.proved and proof.wrong == 0 and proof.machine == asked.minimal()
-    assert all(torch.equal(a, b) for a, b in zip(proof.model.state_dict().values(), model.state_dict().values()))
+    assert all(torch.equal(a, b) for a, b in zip(proof.model.state_dict().values(),
+                                                 model.state_dict().values()))
     kept = json.loads((PRETRAINED / name / "certificate.json").read_text())
     assert kept.pop("errors").keys() == proof.errors.keys()
     found = proof.summary()
     margins = {key: kept.pop(key) for key in list(kept) if key.endswith("margin")}
-    assert margins == pytest.approx({key: found[key] for key in margins}, rel=1e-6)         # float64's: the same everywhere
+    # float64's: the same everywhere
+    assert margins == pytest.approx({key: found[key] for key in margins}, rel=1e-6)
     assert kept == {key: found[key] for key in kept}
 
 
@@ -150,11 +161,13 @@ def test_all_that_ships_is_proved_but_for_the_articles_model_and_the_one_with_th
 
 @pytest.mark.parametrize("name", PROVED)
 def test_a_proved_model_is_right_where_anybody_looks(name):
-    """Independent of the proof: looped, left to right, one loop a token, and twice as many loops as positions."""
+    """Independent of the proof: looped, left to right, one loop a token, and twice
+    as many loops as positions."""
     model, asked = OpenMythos.from_pretrained(name), machine(PROVED[name])
     ids, targets = asked.make_batch(16, 64, torch.Generator().manual_seed(64), strings="mixed")
     with torch.no_grad():
-        for logits in (model(ids), model(ids, 64), model(ids, 128), model(ids, 1, KVCache()), model(ids, 7, KVCache())):
+        for logits in (model(ids), model(ids, 64), model(ids, 128), model(ids, 1, KVCache()),
+                       model(ids, 7, KVCache())):
             assert torch.equal(logits.argmax(-1), targets)
         far, right = asked.make_batch(2, 3000, torch.Generator().manual_seed(1))
         assert torch.equal(model(far).argmax(-1), right)

@@ -1,4 +1,5 @@
-"""The theorems of the strict loop, over random configurations, and the faults that they have to catch."""
+"""The theorems of the strict loop, over random configurations, and the
+faults that they have to catch."""
 from dataclasses import replace
 
 import pytest
@@ -13,9 +14,9 @@ from mythos_core.attention import Context
 from mythos_core.config import tutorial_config
 from mythos_core.loop import RecurrentBlock
 
-STRICT = dict(vocab_size=6, dim=16, n_heads=2, n_kv_heads=1, strict=True, halting="settled", loop_embedding=False,
-              lora_rank=0, carry=False, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4,
-              v_head_dim=4, expert_dim=8, init_std=0.3)
+STRICT = dict(vocab_size=6, dim=16, n_heads=2, n_kv_heads=1, strict=True, halting="settled",
+              loop_embedding=False, lora_rank=0, carry=False, kv_lora_rank=8, q_lora_rank=8,
+              qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=4, expert_dim=8, init_std=0.3)
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 0.3, torch.float64: 1e-9}
 
@@ -46,8 +47,8 @@ def loop(model, ids, n_loops, start=None):
     return torch.stack(states)
 
 
-CASES = dict(attn_type=st.sampled_from(["gqa", "mla"]), window=st.sampled_from([None, 1, 2, 4, 7]), rope=st.booleans(),
-             seed=st.integers(0, 99))
+CASES = dict(attn_type=st.sampled_from(["gqa", "mla"]), window=st.sampled_from([None, 1, 2, 4, 7]),
+             rope=st.booleans(), seed=st.integers(0, 99))
 
 
 def settles_in_turn(model, ids) -> bool:
@@ -55,7 +56,8 @@ def settles_in_turn(model, ids) -> bool:
     n = ids.shape[1]
     started = [loop(model, ids, n + 3, start) for start in
                (None, 50 * torch.randn(*ids.shape, model.config.dim).to(model.embed.weight))]
-    return all(torch.equal(states[i + 1:, :, i], started[0][-1, :, i].expand_as(states[i + 1:, :, i]))
+    return all(torch.equal(states[i + 1:, :, i],
+                           started[0][-1, :, i].expand_as(states[i + 1:, :, i]))
                for states in started for i in range(n))
 
 
@@ -76,15 +78,17 @@ def test_all_diagonal_blocks_of_the_jacobian_are_A_or_zero(carry, seed, **change
 
 
 def rest_of_jacobian(model, ids) -> float:
-    """Theorem 2: the largest entry of dh_{t+1} / dh_t on or above the block diagonal, less A on the diagonal."""
+    """Theorem 2: the largest entry of dh_{t+1} / dh_t on or above the block
+    diagonal, less A on the diagonal."""
     ctx, (_, seq), dim = model.context(ids), ids.shape, model.config.dim
     e = model.encode(ids, ctx).detach()
     h = loop(model, ids, 3)[-1]
     with sdpa_kernel(SDPBackend.MATH):
         J = torch.autograd.functional.jacobian(lambda x: model.recurrent.step(x, e, 3, ctx)[0], h)
-    blocks = J.view(seq, dim, seq, dim).transpose(1, 2)                                     # (to, from, dim, dim)
+    blocks = J.view(seq, dim, seq, dim).transpose(1, 2)          # (to, from, dim, dim)
     if model.config.carry:
-        blocks = blocks - torch.eye(seq)[:, :, None, None] * model.recurrent.injection.get_A().diag()
+        blocks = (blocks - torch.eye(seq)[:, :, None, None]
+                  * model.recurrent.injection.get_A().diag())
     return max(blocks[i, j].abs().max().item() for i in range(seq) for j in range(i, seq))
 
 
@@ -93,7 +97,8 @@ def test_the_spectral_radius_with_the_carry_is_max_A_while_a_transient_may_grow(
     ctx, h = model.context(ids), loop(model, ids, 3)[-1]
     e = model.encode(ids, ctx).detach()
     with sdpa_kernel(SDPBackend.MATH):
-        J = torch.autograd.functional.jacobian(lambda x: model.recurrent.step(x, e, 3, ctx)[0], h).view(h.numel(), -1)
+        J = torch.autograd.functional.jacobian(lambda x: model.recurrent.step(x, e, 3, ctx)[0],
+                                               h).view(h.numel(), -1)
     A = model.recurrent.injection.get_A()
     assert torch.linalg.eigvals(J).abs().max().item() == pytest.approx(A.max().item(), rel=1e-3)
     assert torch.linalg.matrix_norm(J, 2) > A.max()
@@ -101,7 +106,8 @@ def test_the_spectral_radius_with_the_carry_is_max_A_while_a_transient_may_grow(
 
 @settings(deadline=None, max_examples=15)
 @given(**CASES, seq=st.integers(1, 24))
-def test_halting_ends_after_the_first_loop_that_changes_nothing_and_says_where_each_position_settled(seed, seq, **changes):
+def test_halting_ends_after_the_first_loop_that_changes_nothing_and_says_where_each_position_settled(
+        seed, seq, **changes):
     model, ids, records = strict_model(seed, **changes), strings(seed, seq=seq), []
     with torch.no_grad():
         stopped = model(ids, 3 * seq + 3, observer=records.append)
@@ -113,7 +119,8 @@ def test_halting_ends_after_the_first_loop_that_changes_nothing_and_says_where_e
     assert not any(record.settled.all() for record in records[:-1])
     states = loop(model, ids, len(records))
     for record in records:
-        final = (states[record.loop] == states[-1]).all(-1).cumprod(1).bool()               # before this loop
+        # before this loop
+        final = (states[record.loop] == states[-1]).all(-1).cumprod(1).bool()
         assert torch.equal(record.settled, final)
 
 
@@ -121,15 +128,17 @@ def test_halting_ends_after_the_first_loop_that_changes_nothing_and_says_where_e
 @pytest.mark.parametrize("carry", [False, True])
 @settings(deadline=None, max_examples=8)
 @given(**CASES, cut=st.integers(1, 11), n_loops=st.sampled_from([1, 2, 5, 40]))
-def test_one_cache_entry_and_one_loop_a_token_give_what_looping_to_rest_gives(dtype, carry, seed, cut, n_loops, **changes):
+def test_one_cache_entry_and_one_loop_a_token_give_what_looping_to_rest_gives(
+        dtype, carry, seed, cut, n_loops, **changes):
     model, ids = strict_model(seed, dtype, carry=carry, **changes), strings(seed, seq=12)
     with torch.no_grad():
         looped = model(ids, 12 * (60 if carry else 1))
         settled = model(ids)
         cache = KVCache()
-        cached = torch.cat([model(ids[:, :cut], n_loops, cache), model(ids[:, cut:], kv_cache=cache)], 1)
+        cached = torch.cat([model(ids[:, :cut], n_loops, cache),
+                            model(ids[:, cut:], kv_cache=cache)], 1)
     scale = looped.abs().max().item()
-    if dtype != torch.bfloat16:                                                             # experts chosen anew, see below
+    if dtype != torch.bfloat16:                                  # experts chosen anew, see below
         torch.testing.assert_close(settled, looped, rtol=0, atol=TOLERANCE[dtype] * scale)
         torch.testing.assert_close(cached, looped, rtol=0, atol=TOLERANCE[dtype] * scale)
     assert len(cache) == 3 and cache.length == 12
@@ -141,7 +150,8 @@ def test_behind_a_settled_past_a_token_takes_one_loop_bit_for_bit_as_with_many()
     for n_loops, cache in zip((1, 16), caches):
         model(ids[:, :16], 16, cache)
         ran.append([])
-        out = [model(ids[:, i:i + 1], n_loops, cache, lambda r: ran[-1].append(r.loop)) for i in range(16, 30)]
+        out = [model(ids[:, i:i + 1], n_loops, cache, lambda r: ran[-1].append(r.loop))
+               for i in range(16, 30)]
         ran[-1] = (len(ran[-1]), torch.cat(out, 1))
     assert ran[0][0] == ran[1][0] == 14 and torch.equal(ran[0][1], ran[1][1])
     assert caches[0].nbytes == caches[1].nbytes
@@ -149,7 +159,8 @@ def test_behind_a_settled_past_a_token_takes_one_loop_bit_for_bit_as_with_many()
 
 def test_a_strict_model_generates_the_same_with_any_number_of_loops_cached_or_not():
     model, ids = strict_model(window=3), strings(3, seq=20)
-    tokens = [model.generate(ids, 12, n, temperature=0.0, use_cache=cached) for n in (1, 8, 40) for cached in (True, False)]
+    tokens = [model.generate(ids, 12, n, temperature=0.0, use_cache=cached)
+              for n in (1, 8, 40) for cached in (True, False)]
     assert all(torch.equal(tokens[0], other) for other in tokens[1:])
 
 
@@ -161,7 +172,8 @@ def test_settling_left_to_right_has_the_gradient_of_looping(seed, carry, **chang
     for n_loops in (None, 6 * (80 if carry else 1)):
         model.zero_grad()
         F.cross_entropy(model(ids, n_loops).flatten(0, 1), ids.flatten()).backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()
+                                    if p.grad is not None]))
     torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-9)
 
 
@@ -175,7 +187,8 @@ def test_without_positions_there_is_no_longest_string():
 
 
 @pytest.mark.parametrize("changes, name", [
-    (dict(loop_embedding=True), "loop_embedding"), (dict(lora_rank=2), "lora_rank"), (dict(halting="act"), "halting"),
+    (dict(loop_embedding=True), "loop_embedding"), (dict(lora_rank=2), "lora_rank"),
+    (dict(halting="act"), "halting"),
     (dict(token_shift=True), "token_shift"), (dict(loop_norm=True, carry=True), "loop_norm"),
     (dict(strict=False), "halting"), (dict(max_seq_len=None), "max_seq_len")])
 def test_what_would_break_the_theorems_is_refused(changes, name):
@@ -184,7 +197,8 @@ def test_what_would_break_the_theorems_is_refused(changes, name):
 
 
 def test_a_strict_model_refuses_a_cache_of_several_entries():
-    with pytest.raises(ValueError, match=r"kv_cache.loops = 2: must be None for a model whose strict = True"):
+    with pytest.raises(ValueError, match=r"kv_cache.loops = 2: must be None for a model "
+                                         r"whose strict = True"):
         strict_model()(strings(0), 4, KVCache(loops=2))
 
 
@@ -199,7 +213,8 @@ class Leaky(RecurrentBlock):
             return out, ids
         if self.leak == "norm":                                  # statistics over all positions
             before = F.pad(h, (0, 0, 1, 0))[:, :-1]
-            out, ids = self.block((before + e) / (h.square().mean((1, 2), keepdim=True) + 1).sqrt(), ctx, "loop")
+            out, ids = self.block((before + e) / (h.square().mean((1, 2), keepdim=True) + 1).sqrt(),
+                                  ctx, "loop")
             return out, ids
         if self.leak == "attention":                             # sees one position ahead
             z = self.norm(F.pad(h, (0, 0, 1, 0))[:, :-1] + e)
@@ -219,7 +234,8 @@ def test_an_own_state_that_leaks_is_caught_by_both_theorems(leak):
 
 
 def test_experts_sorted_by_token_would_let_other_positions_change_the_rounding(monkeypatch):
-    """Why a strict model computes all experts: the same token, beside other tokens, in other bits."""
+    """Why a strict model computes all experts: the same token, beside
+    other tokens, in other bits."""
     model = strict_model(0, n_experts=64, expert_dim=64, window=4)
     moe, x = model.recurrent.block.ffn, torch.randn(2, 2, 300, 16)
     x[1, 0, :7] = x[0, 0, :7]
@@ -229,7 +245,8 @@ def test_experts_sorted_by_token_would_let_other_positions_change_the_rounding(m
 
 
 def test_context_is_what_a_window_of_settled_positions_needs():
-    """`settle` evaluates a position in a context of its window alone: relative positions, so the same bias."""
+    """`settle` evaluates a position in a context of its window alone: relative
+    positions, so the same bias."""
     model, ids = strict_model(window=3, rope=True), strings(5, seq=10)
     with torch.no_grad():
         torch.testing.assert_close(model(ids), model(ids, 10), rtol=0, atol=1e-4)

@@ -74,7 +74,7 @@ def test_whole_strings_counts_strings_that_are_right_everywhere():
     assert study.whole_strings(Oracle(get_recipe("parity-carrying").config), 20, 5, strings=4) == 3 / 4
 
 
-@pytest.fixture(params=["proofs", "reach", "ablations", "exits", "experts", "generation", "states", "gru", "pace"])
+@pytest.fixture(params=["proofs", "far", "reach", "ablations", "exits", "experts", "generation", "states", "gru", "pace"])
 def committed(request):
     return study.load(study.RESULTS / f"{request.param}.json")
 
@@ -114,6 +114,12 @@ def test_every_proof_that_was_tried_is_kept_and_none_is_contradicted():
         assert all(of["whole"] == of["strings"] > 0 for of in row["answered"].values())
     assert all(found == list(range(len(found))) for found in seeds.values())
     assert {name for name, _ in seeds} == set(study.MEASURED["proofs"])
+
+
+def test_a_string_of_a_million_elements_was_right_from_a_cache_that_does_not_grow():
+    (row,) = study.load(study.RESULTS / "far.json")
+    assert {int(length): (of["strings"], of["whole"]) for length, of in row["far"].items()} == {65_536: (2, 2), 1_000_000: (1, 1)}
+    assert {of["cache_bytes"] // of["strings"] for of in row["far"].values()} == {256}
 
 
 @pytest.mark.parametrize("name", ["the recipe", "the scan"])
