@@ -106,7 +106,7 @@ def test_the_spectral_radius_with_the_carry_is_max_A_while_a_transient_may_grow(
 
 @settings(deadline=None, max_examples=15)
 @given(**CASES, seq=st.integers(1, 24))
-def test_halting_ends_after_the_first_loop_that_changes_nothing_and_says_where_each_position_settled(
+def test_halting_ends_when_nothing_changes_and_says_where_each_position_settled(
         seed, seq, **changes):
     model, ids, records = strict_model(seed, **changes), strings(seed, seq=seq), []
     with torch.no_grad():
