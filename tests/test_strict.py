@@ -174,7 +174,7 @@ def test_settling_left_to_right_has_the_gradient_of_looping(seed, carry, **chang
         F.cross_entropy(model(ids, n_loops).flatten(0, 1), ids.flatten()).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()
                                     if p.grad is not None]))
-    loose = 100 if carry else 1                                  # its loop ends when the state rests; a gradient rests later
+    loose = 100 if carry else 1                                  # a gradient rests later than the state
     torch.testing.assert_close(*gradients, rtol=loose * 1e-6, atol=loose * 1e-9)
 
 
