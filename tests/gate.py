@@ -66,7 +66,8 @@ def arithmetic() -> str:
     kind = str([found.get(key) for key in ("brand_raw", "family", "model", "stepping")])
     processor = hashlib.sha256(kind.encode()).hexdigest()[:8]
     versions = ", ".join(f"{package.__name__} {package.__version__}" for package in (torch, np, matplotlib))
-    return f"{versions}, {torch.backends.cpu.get_cpu_capability()}, processor {processor}, threads {torch.get_num_threads()}"
+    told = "".join(f", {name} {os.environ[name]}" for name in ("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA") if name in os.environ)
+    return f"{versions}, {torch.backends.cpu.get_cpu_capability()}, processor {processor}, threads {torch.get_num_threads()}{told}"
 
 
 def differences(committed, fresh, where="", here=True) -> list[str]:
