@@ -72,8 +72,9 @@ class MythosConfig:
     loop_norm: bool = False          # RMSNorm on h after every loop (Geiping et al. 2025)
     # std of Gaussian noise on the loop's normalised input, in training
     loop_noise: float = 0.0
-    # std of Gaussian noise on h_0 of half of the strings, in training: the answer should not depend
-    # on where the loop starts (path independence, Anil et al. 2022; random h_0, Geiping et al. 2025)
+    # std of Gaussian noise on h_0 of half of the strings, in training: the answer should not
+    # depend on where the loop starts (path independence, Anil et al. 2022; random h_0, Geiping et
+    # al. 2025)
     start_noise: float = 0.0
     # of ACT's halting unit at init; well below 0: many loops at first (Graves 2016); None = as
     # nn.Linear has it
@@ -134,7 +135,8 @@ class MythosConfig:
         if not self.strict:
             return
         self._require("halting", self.halting in ("settled", "none"),
-                      "'settled' or 'none' when strict is on: ACT weighs states that have not settled")
+                      "'settled' or 'none' when strict is on: "
+                      "ACT weighs states that have not settled")
         self._require("loop_embedding", not self.loop_embedding,
                       "False when strict is on: every loop has to be the same map")
         self._require("lora_rank", self.lora_rank == 0,

@@ -152,7 +152,8 @@ class RecurrentBlock(nn.Module):
         rank = config.lora_rank
         self.lora = LoopLoRA(config.dim, rank, config.max_loop_iters) if rank else None
         self.act = ACTHalting(config) if config.halting in ("act", "act_remainder") else None
-        self.register_buffer("codes", torch.zeros(config.codes, config.dim) if config.codes else None)
+        self.register_buffer("codes",
+                             torch.zeros(config.codes, config.dim) if config.codes else None)
 
     def fixed(self, n_loops: int, like: Tensor):
         """What the loops of a pass share: A, and the embedding of each of

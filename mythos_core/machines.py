@@ -160,7 +160,8 @@ def minimal(name: str, start, letters: int, moves: Callable) -> Machine:
             todo += [after for after, _ in table[state]]
     pairs = {state: {(letter, answer): after for letter, (after, answer) in enumerate(found)}
              for state, found in table.items()}
-    smallest = DFA(states=set(pairs), input_symbols={pair for row in pairs.values() for pair in row},
+    smallest = DFA(states=set(pairs),
+                   input_symbols={pair for row in pairs.values() for pair in row},
                    transitions=pairs, initial_state=start, final_states=set(pairs),
                    allow_partial=True).minify()
     number, rows = {smallest.initial_state: 0}, []

@@ -37,8 +37,9 @@ class Recipe:
     # first fraction of the steps, over which the longest length grows from 3; the shortest is at
     # most that
     curriculum: float = 0.0
-    loops: tuple[int, int] | None = (3, 3)  # fewest and most loops, drawn uniformly ...
-    #                                         None, for strict models: until they settle, left to right
+    # fewest and most loops, drawn uniformly ...
+    # None, for strict models: until they settle, left to right
+    loops: tuple[int, int] | None = (3, 3)
     # ... but at most the length and this many; None = however many
     spare_loops: int | None = None
     group: str = "Z2"                       # of `groups.group`; Z2 is prefix parity
@@ -63,7 +64,8 @@ class Recipe:
 
     def as_dict(self) -> dict:
         """Every field as JSON has it."""
-        plain = {name: value for name, value in vars(self).items() if name not in ("config", "machine")}
+        plain = {name: value for name, value in vars(self).items()
+                 if name not in ("config", "machine")}
         return plain | {"config": asdict(self.config),
                         "machine": self.machine and self.machine.as_dict()}
 
