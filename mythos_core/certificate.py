@@ -1,9 +1,9 @@
 """Proofs that a strict model answers as a machine does, on every string of every length.
 
-The theorem. Let a model be strict, without the carry, without positions (RoPE off) and with a
-window W, and let its states be rounded to codes c_1 .. c_n (`RecurrentBlock.rounded`). Call what
-decides position i its *context*: the codes of the W positions before it, and the last
-(W - 1)(P + 1) + 1 tokens, where P is the number of prelude layers; fewer near the start of the
+The theorem. Let a model be strict with stride s, without the carry, without positions (RoPE off)
+and with a window W, and let its states be rounded to codes c_1 .. c_n (`RecurrentBlock.rounded`).
+Call what decides position i its *context*: the codes of the W + s - 1 positions before it, and the
+last (W - 1)(P + 1) + 1 tokens, where P is the number of prelude layers; fewer near the start of the
 string. Let a set of pairs (context, state of the machine) hold the context of each one-letter
 string, and with each pair, for each letter, the pair that follows it. If the model's answer is the
 machine's in every pair of this set, then it is the machine's at every position of every string,
@@ -196,7 +196,7 @@ class Closure:
         self.length, self.wrong, self.closed = 0, 0, False
         c = model.config
         self.tokens_kept = (c.window - 1) * (c.prelude_layers + 1) + 1
-        self.codes_kept = max(c.window, (c.window - 1) * c.coda_layers)
+        self.codes_kept = max(c.window + c.stride - 1, (c.window - 1) * c.coda_layers)
         # positions before its own that an answer reads
         self.read = (c.window - 1) * c.coda_layers
         self.margins = {"state": [], "logit": [], "routing": []}
@@ -271,8 +271,8 @@ def _evaluate(model, tokens: Int[Tensor, "n tokens"], before: Int[Tensor, "n pos
     loop, window, k = model.recurrent, model.config.window, model.config.n_experts_per_tok
     past = loop.codes[before]                                    # (n, positions, dim)
     e = model.encode(tokens, _plain(model, tokens))[:, -window:]
-    start = past.new_zeros(len(past), 1, past.shape[2])
-    z = loop.norm(torch.cat([start, past], 1)[:, -e.shape[1]:] + e)
+    seen = torch.cat([loop.before_start(e), past], 1)[:, :past.shape[1] + 1]   # the last: s back
+    z = loop.norm(seen[:, -e.shape[1]:] + e)
     routed = []
     hook = loop.block.ffn.router.register_forward_hook(
         lambda module, args, out: routed.append(out[:, -1]))

@@ -49,6 +49,9 @@ class MythosConfig:
 
     # in the loop a position reads the states before it, never its own: see loop.RecurrentBlock
     strict: bool = False
+    # of a strict model: how far back a position reads. News travels so many positions per loop,
+    # and a string of n positions settles in n / stride loops
+    stride: int = 1
     # of a strict model without the carry: states are rounded to the nearest of so many; 0 = they
     # are not
     codes: int = 0
@@ -91,7 +94,7 @@ class MythosConfig:
         for name in ("vocab_size", "dim", "n_heads", "n_kv_heads", "max_loop_iters", "kv_lora_rank",
                      "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim",
                      "n_experts", "n_experts_per_tok", "expert_dim", "max_output_tokens",
-                     "shift_growth", "min_loops"):
+                     "shift_growth", "min_loops", "stride"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("prelude_layers", "coda_layers", "n_shared_experts", "lora_rank", "codes",
                      "loop_noise", "start_noise", "balance_loss", "balance_rate"):
@@ -132,8 +135,11 @@ class MythosConfig:
                       "0 unless strict = True and carry = False")
         self._require("halting", self.strict or self.halting != "settled",
                       "another than 'settled' unless strict = True")
+        self._require("stride", self.strict or self.stride == 1, "1 unless strict = True")
         if not self.strict:
             return
+        self._require("stride", self.window is None or self.stride <= self.window,
+                      f"at most window = {self.window}: letters between would be lost")
         self._require("halting", self.halting in ("settled", "none"),
                       "'settled' or 'none' when strict is on: "
                       "ACT weighs states that have not settled")

@@ -106,12 +106,17 @@ class LoopLoRA(nn.Module):
 
 
 def previous(x: Float[Tensor, "batch seq width"], ctx: Context, layer: str, name: str,
-             distance: int = 1) -> Float[Tensor, "batch seq width"]:
-    """x from `distance` positions before, zeros before the first; what the cache remembers of x in
-    `layer` by `name` lies before it."""
+             distance: int = 1, start: Float[Tensor, "distance width"] | None = None
+             ) -> Float[Tensor, "batch seq width"]:
+    """x from `distance` positions before, and before the first `start`, or zeros; what the cache
+    remembers of x in `layer` by `name` lies before it."""
     past = ctx.remember(layer, name, x, keep=distance)           # (B, up to distance + S, width)
     missing = min(distance + x.shape[1] - past.shape[1], x.shape[1])   # that look before the first
-    return F.pad(past, (0, 0, missing, 0))[:, :x.shape[1]]
+    if start is None or missing <= 0:
+        return F.pad(past, (0, 0, missing, 0))[:, :x.shape[1]]
+    read = past.shape[1] - x.shape[1]                            # positions, all before this pass
+    first = start[read:read + missing].expand(len(x), -1, -1)
+    return torch.cat([first, past], 1)[:, :x.shape[1]]
 
 
 def loop_embedding(n_loops: int, dim: int, like: Tensor) -> Float[Tensor, "loops dim"]:
@@ -126,20 +131,25 @@ def loop_embedding(n_loops: int, dim: int, like: Tensor) -> Float[Tensor, "loops
 class RecurrentBlock(nn.Module):
     """One transformer block with shared weights, looped.
 
-    With `config.strict` position i reads the states of the positions before it, and never its own:
+    With `config.strict` position i reads the states of the positions before it, and never its own;
+    the latest that it reads is s = `config.stride` positions back, 1 by default:
 
-        z_i = norm(h_{i-1} + e_i),
-        h'_i = block(z_{i-window+1} .. z_i)  (+ A * h_i + B * e_i),  h_{-1} = 0
+        z_i = norm(h_{i-s} + e_i),
+        h'_i = block(z_{i-window+1} .. z_i)  (+ A * h_i + B * e_i)
+
+    What is read before the first position, h_{-1}, is 0; with s > 1, h_{-s} .. h_{-1} are learned.
+    Were they all 0, a letter and the same letter twice would be one to attention, whose mean over
+    equal values does not say how many they are.
 
     Then four things hold, for any weights (tests/test_strict.py):
 
-    1. Without the carry, position i (from 0) is the same from loop i + 1 on, bit for bit,
-       whatever h_0 was: position 0 is computed from e alone, and position i from
+    1. Without the carry, position i (from 0) is the same from loop i // s + 1 on, bit for bit,
+       whatever h_0 was: the first s positions are computed from e alone, and position i from
        positions that have settled.
     2. dh_{t+1} / dh_t is block lower triangular, with diag(A) on the diagonal, or 0 without the
        carry, so its spectral radius is max A, or 0.
     3. A loop that changes nothing is the last that matters.
-    4. Behind a settled past one loop settles a new position, so a cache
+    4. Behind a settled past one loop settles s new positions, so a cache
        needs one entry for all loops.
     """
 
@@ -152,6 +162,8 @@ class RecurrentBlock(nn.Module):
         rank = config.lora_rank
         self.lora = LoopLoRA(config.dim, rank, config.max_loop_iters) if rank else None
         self.act = ACTHalting(config) if config.halting in ("act", "act_remainder") else None
+        self.start = (nn.Parameter(config.init_std * torch.randn(config.stride, config.dim))
+                      if config.stride > 1 else None)
         self.register_buffer("codes",
                              torch.zeros(config.codes, config.dim) if config.codes else None)
 
@@ -168,7 +180,9 @@ class RecurrentBlock(nn.Module):
         makes what is `fixed` once."""
         A, embedding = fixed or self.fixed(t + 1, h)
         layer = "loop" if self.config.strict else f"loop.{t}"
-        seen = previous(h, ctx, layer, "state") if self.config.strict else h
+        seen = h
+        if self.config.strict:
+            seen = previous(h, ctx, layer, "state", self.config.stride, self.start)
         z = self.norm(seen + e if embedding is None else seen + e + embedding[t])
         if self.config.token_shift:
             here, there = z.chunk(2, -1)
@@ -201,31 +215,41 @@ class RecurrentBlock(nn.Module):
         """h . c - |c|^2 / 2 for each code c: the larger, the nearer."""
         return h @ self.codes.T - 0.5 * self.codes.square().sum(-1)
 
-    def last(self, z: Float[Tensor, "batch window dim"],
-             e: Float[Tensor, "batch 1 dim"]) -> Float[Tensor, "batch 1 dim"]:
-        """The state, not rounded yet, of a strict loop's position whose window of
-        inputs is z, with e its own."""
+    def last(self, z: Float[Tensor, "batch seen dim"],
+             e: Float[Tensor, "batch new dim"]) -> Float[Tensor, "batch new dim"]:
+        """The states, not rounded yet, of a strict loop's last positions, with e their own, where z
+        are the inputs of those and of the window - 1 before them."""
         ctx = Context.of(self.config, len(z), z.shape[1], None, like=z)
-        out = self.block(z, ctx, "loop")[0][:, -1:]
+        out = self.block(z, ctx, "loop")[0][:, -e.shape[1]:]
         return self.injection.rest(e, out) if self.config.carry else self.loop_norm(out)
 
     def settle(self, e: Float[Tensor, "batch seq dim"],
                hand_on: Callable | None = None) -> Float[Tensor, "batch seq dim"]:
-        """The settled states of a strict loop, left to right: each position is evaluated
-        once, behind states that are final. The same as at least S loops, and so is the
-        gradient, for 1 / S of the work.
+        """The settled states of a strict loop, left to right, `stride` positions at a time: each
+        is evaluated once, behind states that are final. The same as at least S / stride loops, and
+        so is the gradient, for one loop's work.
 
         Args:
-            hand_on: (state (B, 1, dim), position) -> what the positions behind
-                read in its place, in training.
+            hand_on: (states (B, up to stride, dim), the first one's position) -> what
+                the positions behind read in their place, in training.
         """
-        window, zs, states, before = (self.config.window or e.shape[1], [], [],
-                                      torch.zeros_like(e[:, :1]))
-        for position, own in enumerate(e.split(1, 1)):           # own: (B, 1, dim)
-            zs.append(self._noisy(self.norm(before + own)))
-            states.append(self.rounded(self.last(torch.cat(zs[-window:], 1), own)))
-            before = states[-1] if hand_on is None else hand_on(states[-1], position)
+        stride, window, states = self.config.stride, self.config.window or e.shape[1], []
+        before, z = self.before_start(e), e[:, :0]
+        for own in e.split(stride, 1):                           # (B, up to stride, dim)
+            z = torch.cat([z, self._noisy(self.norm(before[:, :own.shape[1]] + own))], 1)
+            z = z[:, -(window - 1 + own.shape[1]):]
+            states.append(self.rounded(self.last(z, own)))
+            before = states[-1]
+            if hand_on is not None:
+                before = hand_on(before, stride * (len(states) - 1))
         return torch.cat(states, 1)
+
+    def before_start(self, like: Float[Tensor, "batch seq dim"]
+                     ) -> Float[Tensor, "batch stride dim"]:
+        """What the first `stride` positions read of a strict loop, in place of states."""
+        if self.start is None:
+            return torch.zeros_like(like[:, :1])
+        return self.start.expand(len(like), -1, -1)
 
     def _start(self, e):
         """h_0: the input, or in training, with start_noise, for half of the strings a
@@ -275,5 +299,6 @@ class RecurrentBlock(nn.Module):
                 observer(LoopRecord(t, h, h, expert_ids, settled=still))
             if halts and bool(still[:, -1].all()):
                 break
-        ctx.remember("loop", "state", h, keep=1)          # a later position reads it as it ended
+        # later positions read the states as they ended
+        ctx.remember("loop", "state", h, keep=self.config.stride)
         return h

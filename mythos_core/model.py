@@ -60,7 +60,7 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
             n_loops: T >= 1, the most loops; default max_loop_iters, or in a strict model as many as it
                 takes to settle. With one cache, the same at every call, unless the model is strict.
             kv_cache: filled in place; a cached pass is inference and records no gradient. A strict model
-                reads `ids` in pieces of n_loops positions, which settle in as many loops; so its logits
+                reads `ids` in pieces of n_loops * stride positions, which settle in n_loops; so its logits
                 do not depend on n_loops, and n_loops = 1 is a recurrent network, left to right.
             observer: called with a `LoopRecord` after each loop that ran.
 
@@ -80,13 +80,14 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
                 n_loops = ids.shape[1] * (SLOWLY if self.config.carry else 1)
             return self.decode(self.recurrent(e, n_loops, ctx, observer), ctx)
         with torch.inference_mode():                             # spares small operations their bookkeeping
-            pieces = ids.split(n_loops, 1) if strict else [ids]
+            pieces = ids.split(n_loops * self.config.stride, 1) if strict else [ids]
             logits = [self._cached(piece, n_loops, kv_cache, observer) for piece in pieces]
         return torch.cat(logits, 1)                              # outside: one that may be changed in place
 
     def _cached(self, ids, n_loops, kv_cache, observer):
         ctx = self.context(ids, kv_cache)
-        n_loops = min(n_loops, ids.shape[1]) if self.config.strict else n_loops
+        if self.config.strict:                                   # more would change nothing
+            n_loops = min(n_loops, -(-ids.shape[1] // self.config.stride))
         logits = self.decode(self.recurrent(self.encode(ids, ctx), n_loops, ctx, observer), ctx)
         kv_cache.advance(ids.shape[1])
         return logits

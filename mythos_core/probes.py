@@ -47,7 +47,7 @@ def cache_bytes(config: MythosConfig, tokens: int, n_loops: int, batch: int = 1,
 
     effective_depth * batch * min(tokens, window - 1) * width * itemsize, where width is 2 * n_kv_heads * head_dim for GQA and
     kv_lora_rank + qk_rope_head_dim for MLA; plus, with token shift, dim / 2 numbers for each of the min(tokens, shift_growth^t)
-    positions that loop t may still look back to. Of a strict model all loops are one entry; plus the last position's state, dim numbers.
+    positions that loop t may still look back to. Of a strict model all loops are one entry; plus the states of the last `stride` positions, dim numbers each.
 
     Args:
         rope_key_per_head: what MLA costs if every head stores its own copy of the shared RoPE key, as open-mythos 0.5.0 does.
@@ -57,7 +57,7 @@ def cache_bytes(config: MythosConfig, tokens: int, n_loops: int, batch: int = 1,
     width = latent if c.attn_type == "mla" else 2 * c.n_kv_heads * (c.dim // c.n_heads)
     held = tokens if c.window is None else min(tokens, c.window - 1)
     shift = sum(min(tokens, c.shift_growth ** t) for t in range(n_loops)) * c.dim // 2 if c.token_shift else 0
-    entries, state = (effective_depth(c, 1), min(tokens, 1) * c.dim) if c.strict else (effective_depth(c, n_loops), 0)
+    entries, state = (effective_depth(c, 1), min(tokens, c.stride) * c.dim) if c.strict else (effective_depth(c, n_loops), 0)
     return batch * itemsize * (entries * held * width + shift + state)
 
 

@@ -252,7 +252,8 @@ def _settled(run: Run, ids):
 
     def hand_on(h, position):
         common = torch.rand(len(h), 1, 1, device=h.device) < recipe.handed_on
-        return torch.where(common, means_by(h[:, 0], states[:, position]).unsqueeze(1), h)
+        label = states[:, position:position + h.shape[1]]
+        return torch.where(common, means_by(h.flatten(0, 1), label.flatten()).view_as(h), h)
 
     h = model.recurrent.settle(model.encode(ids, ctx), hand_on)
     falling = span is not None and span[0] <= len(run.history) < span[1]

@@ -37,6 +37,7 @@ def every_string(letters, length):
 
 @settings(deadline=None, max_examples=25)
 @given(seed=st.integers(0, 999), codes=st.integers(1, 3), window=st.sampled_from([1, 2, 3]),
+       stride=st.integers(1, 3),
        attn_type=st.sampled_from(["gqa", "mla"]),
        prelude_layers=st.integers(0, 2), coda_layers=st.integers(0, 2))
 def test_the_machine_read_off_a_model_answers_as_the_model_does(seed, codes, **changes):

@@ -24,6 +24,7 @@ TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 0.3, torch.float64: 1e-9}
 def strict_model(seed=0, dtype=torch.float32, **changes) -> OpenMythos:
     """A small strict model with weights large enough that loops matter."""
     torch.manual_seed(seed)
+    changes["stride"] = min(changes.pop("stride", 1), changes.get("window") or 99)
     model = OpenMythos(tutorial_config(changes.pop("attn_type", "gqa"), **{**STRICT, **changes}))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -48,16 +49,16 @@ def loop(model, ids, n_loops, start=None):
 
 
 CASES = dict(attn_type=st.sampled_from(["gqa", "mla"]), window=st.sampled_from([None, 1, 2, 4, 7]),
-             rope=st.booleans(), seed=st.integers(0, 99))
+             stride=st.integers(1, 4), rope=st.booleans(), seed=st.integers(0, 99))
 
 
 def settles_in_turn(model, ids) -> bool:
-    """Theorem 1: position i is the same bit for bit from loop i + 1 on, from any start."""
-    n = ids.shape[1]
+    """Theorem 1: position i is the same bit for bit from loop i // stride + 1 on, from any start."""
+    n, stride = ids.shape[1], model.config.stride
     started = [loop(model, ids, n + 3, start) for start in
                (None, 50 * torch.randn(*ids.shape, model.config.dim).to(model.embed.weight))]
-    return all(torch.equal(states[i + 1:, :, i],
-                           started[0][-1, :, i].expand_as(states[i + 1:, :, i]))
+    return all(torch.equal(states[i // stride + 1:, :, i],
+                           started[0][-1, :, i].expand_as(states[i // stride + 1:, :, i]))
                for states in started for i in range(n))
 
 
@@ -78,8 +79,8 @@ def test_all_diagonal_blocks_of_the_jacobian_are_A_or_zero(carry, seed, **change
 
 
 def rest_of_jacobian(model, ids) -> float:
-    """Theorem 2: the largest entry of dh_{t+1} / dh_t on or above the block
-    diagonal, less A on the diagonal."""
+    """Theorem 2: the largest entry of dh_{t+1} / dh_t where a position would read one less than
+    `stride` back, less A on the diagonal."""
     ctx, (_, seq), dim = model.context(ids), ids.shape, model.config.dim
     e = model.encode(ids, ctx).detach()
     h = loop(model, ids, 3)[-1]
@@ -89,7 +90,8 @@ def rest_of_jacobian(model, ids) -> float:
     if model.config.carry:
         blocks = (blocks - torch.eye(seq)[:, :, None, None]
                   * model.recurrent.injection.get_A().diag())
-    return max(blocks[i, j].abs().max().item() for i in range(seq) for j in range(i, seq))
+    return max(blocks[i, j].abs().max().item() for i in range(seq)
+               for j in range(max(0, i - model.config.stride + 1), seq))
 
 
 def test_the_spectral_radius_with_the_carry_is_max_A_while_a_transient_may_grow():
@@ -115,7 +117,7 @@ def test_halting_ends_when_nothing_changes_and_says_where_each_position_settled(
         on = OpenMythos(replace(model.config, halting="none")).eval()
         on.load_state_dict(model.state_dict())
         assert torch.equal(stopped, on(ids, 3 * seq + 3))
-    assert len(records) <= seq + 1 and records[-1].settled.all()
+    assert len(records) <= -(-seq // model.config.stride) + 1 and records[-1].settled.all()
     assert not any(record.settled.all() for record in records[:-1])
     states = loop(model, ids, len(records))
     for record in records:
@@ -191,7 +193,9 @@ def test_without_positions_there_is_no_longest_string():
     (dict(loop_embedding=True), "loop_embedding"), (dict(lora_rank=2), "lora_rank"),
     (dict(halting="act"), "halting"),
     (dict(token_shift=True), "token_shift"), (dict(loop_norm=True, carry=True), "loop_norm"),
-    (dict(strict=False), "halting"), (dict(max_seq_len=None), "max_seq_len")])
+    (dict(strict=False), "halting"), (dict(max_seq_len=None), "max_seq_len"),
+    (dict(stride=3, window=2), "stride"), (dict(stride=0), "stride"),
+    (dict(strict=False, halting="none", stride=2), "stride")])
 def test_what_would_break_the_theorems_is_refused(changes, name):
     with pytest.raises(ValueError, match=f"MythosConfig.{name} = "):
         tutorial_config("gqa", **{**STRICT, **changes})
