@@ -4,16 +4,16 @@ The theorem. Let a model be strict with stride s, without the carry, without pos
 and with a window W, and let its states be rounded to codes c_1 .. c_n (`RecurrentBlock.rounded`).
 Call what decides position i its *context*: the codes of the W + s - 1 positions before it, and the
 last (W - 1)(P + 1) + 1 tokens, where P is the number of prelude layers; fewer near the start of the
-string. Let a set of pairs (context, state of the machine) hold the context of each one-letter
-string, and with each pair, for each letter, the pair that follows it. If the model's answer is the
-machine's in every pair of this set, then it is the machine's at every position of every string,
+string. Let a set of triples (context, state of the machine, answer due) hold that of each
+one-letter string, and with each triple, for each letter, the one that follows it. If the model's
+answer is the one due in every triple, then it is the machine's at every position of every string,
 after as many loops as there are positions.
 
 Proof. By the strict loop (theorem 1 of `RecurrentBlock`) the settled state of position i is a
 function of its context, and so is the code it is rounded to, hence the context that follows by
 a letter; its answer is a function of the codes of the (W - 1) C positions before it, C the
 number of coda layers, and of its own. So, by induction over the positions, each position of
-each string has a pair in the set.
+each string has a triple in the set.
 
 What is assumed of arithmetic. A context is evaluated in float64, which makes three choices: the
 code, the answer and the experts. How far each is from being another one is its *margin*. The
@@ -51,8 +51,8 @@ class Certificate:
     Attributes:
         proved: whether the answers are right on all strings: `reason` is ""
             then, and else says why not.
-        contexts: pairs of a context and a state of the machine that were met.
-        wrong: pairs in which the answer is not the machine's, among those that the shortest strings
+        contexts: triples of a context, a state of the machine and the answer due that were met.
+        wrong: those in which the model answers otherwise, among the ones that the shortest strings
             with a wrong answer lead to; the search ends there.
         codes: (n, dim) what states are rounded to.
         state_margin: the least distance of a state from the border of its code's cell. Beside it in
@@ -94,8 +94,8 @@ def certify(model: OpenMythos, machine: Machine,
 
     Args:
         codes: to round to. Default: the model's own, if it has some; else means of the settled
-            states of strings of at most 16 elements, taken by the machine's state and the last k
-            letters, with the least k from 0 to 3 that gives a proof. That labels choose the codes
+            states of strings of at most 16 elements, taken by the machine's state, its answer and
+            the last k letters, with the least k from 0 to 3 that gives a proof. That labels choose the codes
             takes nothing from the proof, which checks what they do.
 
     Raises:
@@ -151,12 +151,14 @@ def _with_codes(model: OpenMythos, codes: Tensor | None) -> OpenMythos:
 
 @torch.no_grad()
 def candidate_codes(model: OpenMythos, machine: Machine) -> Iterator[Float[Tensor, "codes dim"]]:
-    """Means of settled states by the machine's state and the last k letters, for k = 0, 1, 2, 3."""
+    """Means of settled states by the machine's state, its answer and the last k letters, for
+    k = 0, 1, 2, 3."""
     generator = torch.Generator().manual_seed(0)
     ids, _ = machine.make_batch(max(256, 16 * len(machine)), SEEN, generator,
-                                model.embed.weight.device)
+                                model.embed.weight.device,
+                                "uniform" if machine.reversible else "touring")
     h = model.recurrent.settle(model.encode(ids, model.context(ids))).flatten(0, 1)
-    label = machine.run(ids)
+    label = machine.outcomes(ids)
     for k in range(4):
         _, group = label.flatten().unique(return_inverse=True)
         n = int(group.max()) + 1
@@ -202,7 +204,9 @@ class Closure:
         self.margins = {"state": [], "logit": [], "routing": []}
         self.errors = {"state": [], "logit": [], "routing": []}
         self.follows: dict[Context, tuple[int, int]] = {}        # context -> code, answer
-        self.seen: set[tuple[Context, int]] = set()
+        # context, state of the machine behind it, and the answer due: one context and state may be
+        # come to by moves with different answers
+        self.seen: set[tuple[Context, int, int]] = set()
 
     @torch.no_grad()
     def run(self) -> "Closure":
@@ -214,12 +218,12 @@ class Closure:
         while frontier and not self.wrong and len(self.seen) < MOST_CONTEXTS:
             new = {(self.after(context, b), moves[state][b], answers[state][b])
                    for context, state in frontier for b in range(self.letters)}
-            new = {pair for pair in new if pair[:2] not in self.seen}
+            new -= self.seen
             self._evaluate({context for context, _, _ in new} - self.follows.keys())
             if self.asked is not None:
                 self.wrong = sum(self.follows[context][1] != answer for context, _, answer in new)
-            frontier = {pair[:2] for pair in new}
-            self.seen |= frontier
+            self.seen |= new
+            frontier = {(context, state) for context, state, _ in new}
             self.length += bool(frontier)
         self.closed = not frontier and not self.wrong
         return self
@@ -237,7 +241,8 @@ class Closure:
             following = [self.after(context, b) for b in range(self.letters)]
             return [(after, self.follows[after][1]) for after in following]
 
-        return minimal(self.asked.name if self.asked else "read off", START, self.letters, moves)
+        symbols = self.asked.symbols if self.asked else map(str, range(self.letters))
+        return minimal(self.asked.name if self.asked else "read off", START, symbols, moves)
 
     def _evaluate(self, contexts):
         sizes = sorted(contexts, key=lambda context: (len(context[0]), len(context[1])))

@@ -49,6 +49,8 @@ class Recipe:
     # 1 + g + ... + g^(T - 1) with g = shift_growth; None = all positions. This sets the speed
     # that is learned: what is scored must be answered in time
     reach: float | None = None
+    # each move of the machine counts the same in a batch's loss, however rare; else each position
+    balanced: bool = False
     # share of states that the next position reads as the mean of those that mean the same
     handed_on: float = 0.0
     # weight, while the learning rate falls, of `training.center_loss`
@@ -85,7 +87,9 @@ def recipe_for(machine: Machine, **changes) -> Recipe:
     model |= {name.removeprefix("config."): changes.pop(name)
               for name in list(changes) if name.startswith("config.")}
     training = dict(steps=4000, batch=64 if few else 128, lr=4e-3, betas=(0.9, 0.98), warmup=30,
-                    lengths=(9, 16), curriculum=0.03, loops=None, strings="covering",
+                    lengths=(9, 16), curriculum=0.03, loops=None,
+                    strings="covering" if machine.reversible else "touring",
+                    balanced=not machine.reversible,
                     handed_on=0.5, center_loss=1.0)
     return Recipe(**{"name": machine.name, "config": parity_config(**model), "machine": machine,
                      **training, **changes})

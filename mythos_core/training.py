@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mythos_core.certificate import Certificate, certify
-from mythos_core.machines import machine
+from mythos_core.machines import Machine, machine
 from mythos_core.model import OpenMythos
 from mythos_core.recipes import RECIPES, Recipe, get_recipe, recipe_for
 
@@ -222,7 +222,8 @@ def _step(run: Run, optimizer, step) -> dict:
                                                     for t in range(n_loops))))
     logits, also = _settled(run, ids) if n_loops is None else _looped(run, ids, n_loops)
     logits, targets = logits[:, :scored].flatten(0, 1), targets[:, :scored].flatten()
-    loss = (F.cross_entropy(logits, targets) + also
+    weight = move_weights(recipe.machine, ids)[:, :scored].flatten() if recipe.balanced else None
+    loss = (mean_loss(logits, targets, weight) + also
             + recipe.config.balance_loss * model.recurrent.block.ffn.imbalance)
     if not torch.isfinite(loss):
         raise FloatingPointError(f"loss = {loss.item()} at step {step} of recipe {recipe.name}")
@@ -232,6 +233,21 @@ def _step(run: Run, optimizer, step) -> dict:
     optimizer.step()
     model.recurrent.block.ffn.balance()
     return {"loss": loss.item(), "accuracy": (logits.argmax(-1) == targets).float().mean().item()}
+
+
+def mean_loss(logits: Float[Tensor, "n vocab"], targets: Int[Tensor, "n"],
+              weight: Float[Tensor, "n"] | None) -> Float[Tensor, ""]:
+    """Mean cross-entropy, or with weights the weighted mean."""
+    if weight is None:
+        return F.cross_entropy(logits, targets)
+    return (F.cross_entropy(logits, targets, reduction="none") * weight).sum() / weight.sum()
+
+
+def move_weights(machine: Machine, ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq"]:
+    """1 over how often the batch has a position's move, its state before and its letter: so weighed
+    each move that is met counts the same, however rare."""
+    move = machine.moves(ids)
+    return 1.0 / move.flatten().bincount()[move]
 
 
 def _looped(run: Run, ids, n_loops):
@@ -248,7 +264,7 @@ def _settled(run: Run, ids):
     """Logits of the settled states, and what is added to their loss. Half of the states are handed
     on as what their machine state has in common: as they will be once they are rounded."""
     model, recipe, span = run.model, run.recipe, fall(run.history)
-    ctx, states = model.context(ids), recipe.machine.run(ids)
+    ctx, states = model.context(ids), recipe.machine.outcomes(ids)
 
     def hand_on(h, position):
         common = torch.rand(len(h), 1, 1, device=h.device) < recipe.handed_on

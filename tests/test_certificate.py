@@ -86,6 +86,15 @@ def test_a_model_that_is_wrong_at_one_position_or_length_alone_is_refused(at):
     assert certify(model, but_for(parity, 64, 99)).proved
 
 
+def test_one_context_and_state_with_two_answers_due_is_checked_for_both():
+    """A machine that, behind two odd moves, answers the next even one wrongly and then goes on as
+    ever: the context and the state behind 110 are those behind 00, where the answer is right."""
+    moves = [[0, 1], [1, 2], [0, 1]]                             # even, odd, even behind 11
+    asked = Machine("Mealy", torch.tensor(moves), torch.tensor([[1, 2], [2, 1], [2, 2]]))
+    proof = certify(OpenMythos.from_pretrained("parity-extrapolating"), asked)
+    assert not proof.proved and proof.reason == "a string of 3 elements is answered wrong"
+
+
 def test_a_model_that_starts_wrong_is_refused():
     parity = machine("parity")
     other = Machine("odd", parity.next_state, parity.answer, start=1)
