@@ -7,6 +7,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 
 import mythos_core
 
@@ -66,7 +67,7 @@ def installed(text):
 def known(word, requirements):
     """Our code by its address or by its folder, a variable, a file that is here, or what requirements.txt names."""
     address = rf"({PROJECT['name']}(\[\w+\])? @ )?git\+{re.escape(PROJECT['urls']['Repository'])}"
-    return bool(re.fullmatch(address, word) or re.fullmatch(r"\.(\[[\w,]+\])?", word) or "$" in word
+    return bool(re.fullmatch(address, word) or re.fullmatch(r"\.(\[[\w,]+\])?", word) or set("${") & set(word)
                 or (ROOT / word).is_file() or re.split(r"[><=]", word)[0] in requirements)
 
 
@@ -87,6 +88,32 @@ def test_a_name_that_is_not_ours_is_seen(command):
 def test_the_version_is_said_once():
     assert PROJECT["dynamic"] == ["version"] and "version" not in PROJECT
     assert re.fullmatch(r"\d+\.\d+\.\d+", mythos_core.__version__)
+    assert f"## [{mythos_core.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def load_yaml(file):
+    return yaml.safe_load((ROOT / file).read_text(encoding="utf-8"))
+
+
+def test_the_citation_is_of_this_package():
+    """What its format asks for (cffconvert itself needs another jsonschema than Jupyter), and what the package says."""
+    citation = load_yaml("CITATION.cff")
+    assert citation["cff-version"] == "1.2.0" and citation["message"] and citation["authors"][0]["name"]
+    assert citation["version"] == mythos_core.__version__ and citation["license"] == PROJECT["license"]
+    assert citation["repository-code"] == PROJECT["urls"]["Repository"]
+    assert f"# {citation['title']}\n" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert (ROOT / "LICENSE").read_text(encoding="utf-8").startswith("MIT License\n\nCopyright")
+
+
+def test_the_hooks_are_those_of_the_pinned_ruff():
+    revisions = {repository["repo"].split("/")[-1]: repository.get("rev") for repository in load_yaml(".pre-commit-config.yaml")["repos"]}
+    assert f"ruff=={revisions['ruff-pre-commit'].removeprefix('v')}" in lines("constraints.txt")
+
+
+@pytest.mark.parametrize("form", ["bug", "claim"])
+def test_an_issue_form_asks_for_something(form):
+    fields = load_yaml(f".github/ISSUE_TEMPLATE/{form}.yml")["body"]
+    assert fields and all(field["validations"]["required"] and field["attributes"]["label"] for field in fields)
 
 
 def test_the_core_stays_thin():
