@@ -82,6 +82,7 @@ publish: $(VENV)/installed
 
 lint: $(VENV)/installed
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
 
 clean:
 	rm -rf .venv build

@@ -296,7 +296,7 @@ def _evaluate(model, tokens: Int[Tensor, "n tokens"], before: Int[Tensor, "n pos
 
 def _plain(model, x: Tensor) -> attention.Context:
     """What the layers of a pass over all positions of x, ids or states, share."""
-    return attention.Context.of(model.config, *x.shape[:2], None, like=model.embed.weight)
+    return attention.Context.of(model.config, len(x), x.shape[1], None, like=model.embed.weight)
 
 
 def _lead(scores: Float[Tensor, "n choices"], chosen: Tensor) -> Float[Tensor, "n choices"]:
