@@ -59,7 +59,7 @@ build/floors.txt: requirements.txt
 
 # The newest of everything; `make test-python PYTHON=python3.13` for another Python.
 test-python: build/newest.txt
-	$(MAKE) test VENV=build/python-$(notdir $(PYTHON)) CONSTRAINTS=$<
+	$(MAKE) test VENV=build/$(notdir $(PYTHON)) CONSTRAINTS=$<
 
 build/newest.txt:
 	mkdir -p build
