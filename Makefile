@@ -1,7 +1,6 @@
-# make tutorial | test | test-notebooks | test-arithmetics | test-browser | test-colab | test-wheel | test-floors | test-python |
-#      bench | lab | site | publish | lint | clean: CONTRIBUTING.md says what each does.
-# Every target first makes the environment in .venv; site and test-browser put requirements-site.txt in it too,
-# test-floors and test-python make one of their own.
+# CONTRIBUTING.md says what each target does. Every target first makes the environment in .venv;
+# site and test-browser put requirements-site.txt in it too, test-floors and test-python make one of
+# their own.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,8 +12,8 @@ NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=300
 # Notebooks are tested and published on one thread each: how many there are decides how sums are rounded, and so what a training becomes.
 test test-notebooks publish: export OMP_NUM_THREADS := 1
 
-.PHONY: tutorial test test-notebooks test-arithmetics test-browser test-colab test-wheel test-floors test-python \
-        bench lab site publish lint clean
+.PHONY: tutorial test test-notebooks test-arithmetics test-browser test-colab test-wheel \
+        test-floors test-python bench lab site publish lint clean
 
 $(VENV)/installed: requirements.txt $(CONSTRAINTS) pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -31,7 +30,8 @@ tutorial: $(VENV)/installed
 	MYTHOS_FIGURES=$(CURDIR)/build/figures $(BIN)/python -m mythos_core.batch $(NOTEBOOKS) --workers $(WORKERS) --out build/tutorial
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests notebooks --ignore tests/browser --ignore tests/test_colab.py $(NBVAL) -m "not training and not wheel"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests notebooks --ignore tests/browser \
+	    --ignore tests/test_colab.py $(NBVAL) -m "not training and not wheel"
 
 test-notebooks: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/test_notebooks.py notebooks $(NBVAL)

@@ -101,7 +101,7 @@ def group(name: str) -> Group:
     made = {"Z": [cycle], "D": [cycle, tuple(reversed(range(n)))], "S": [(1, 0, *range(2, n)), cycle],
             "A": [(1, 2, 0, *rest), cycle if n % 2 else (0, *range(2, n), 1)]}[name[0]]
     made = list(dict.fromkeys(made))                             # two of S2's, and of A3's, are one
-    # origin: of all but the first, the product of an earlier element and a generator; right: all those
+    # origin: of all but the first, an earlier element times a generator; right: all such products
     index, origin, right = {tuple(range(n)): 0}, [(0, 0)], []
     for a in (elements := list(index)):
         for s, generator in enumerate(made):

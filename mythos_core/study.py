@@ -1,5 +1,6 @@
 """The study behind notebooks 05 to 08: the recipe, every ingredient taken away or put back alone, several seeds. A run of it is
-mythos_core/study.ipynb, which trains one variant with one seed and measures it; `mythos_core.batch` runs the grid of them (see docs/results.md)."""
+mythos_core/study.ipynb, which trains one variant with one seed and measures it;
+`mythos_core.batch` runs the grid of them (see docs/results.md)."""
 import json
 import math
 from dataclasses import replace

@@ -55,7 +55,8 @@ def test_the_notebook_passes_on_colab(colab, name, tmp_path, monkeypatch):
     after = colab.freeze()
     assert colab.before <= after
     assert {name for name, _ in after - colab.before} == {
-        "recurrent-depth-tutorial", "jaxtyping", "wadler-lindig", "automata-lib", "cached-method", "frozendict"}
+        "recurrent-depth-tutorial", "jaxtyping", "wadler-lindig", "automata-lib", "cached-method",
+        "frozendict"}
 
 
 def claims(notebook):

@@ -18,8 +18,9 @@ else:
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-TEXTS = ["*", ".ci/*", ".github/**/*", "docs/*", "figures/*.py", "mythos_core/*", "notebooks/*", "notebooks/site/*", "tests/*.py"]
-#: A word of a command: an option, something between quotes, or letters, up to the quote that ends a string.
+TEXTS = ["*", ".ci/*", ".github/**/*", "docs/*", "figures/*.py", "mythos_core/*", "notebooks/*",
+         "notebooks/site/*", "tests/*.py"]
+#: A word of a command: an option, something between quotes, or letters up to a string's end.
 WORD = r"""-\S+|"[^"`]+"|'[^'`]+'|[\w.\[\]=<>+:/@~$(){},-]+"""
 
 
@@ -65,22 +66,26 @@ def installed(text):
 
 
 def known(word, requirements):
-    """Our code by its address or by its folder, a variable, a file that is here, or what requirements.txt names."""
+    """Our code by its address or its folder, a variable, a file that is here, or a requirement."""
     address = rf"({PROJECT['name']}(\[\w+\])? @ )?git\+{re.escape(PROJECT['urls']['Repository'])}"
-    return bool(re.fullmatch(address, word) or re.fullmatch(r"\.(\[[\w,]+\])?", word) or set("${") & set(word)
-                or (ROOT / word).is_file() or re.split(r"[><=]", word)[0] in requirements)
+    ours = re.fullmatch(rf"{address}|\.(\[[\w,]+\])?", word)
+    return bool(ours or set("${") & set(word) or (ROOT / word).is_file()
+                or re.split(r"[><=]", word)[0] in requirements)
 
 
 def test_nobody_is_told_to_install_a_package_that_is_not_ours():
-    requirements = {"pip", "open-mythos", *map(name, lines("requirements.txt") + lines("requirements-site.txt"))}
-    paths = {path for pattern in TEXTS for path in ROOT.glob(pattern) if path.is_file()} - {Path(__file__)}
-    told = [(path.relative_to(ROOT).as_posix(), word) for path in sorted(paths) for word in installed(text_of(path))]
+    listed = lines("requirements.txt") + lines("requirements-site.txt")
+    requirements = {"pip", "open-mythos", *map(name, listed)}
+    paths = {path for pattern in TEXTS for path in ROOT.glob(pattern) if path.is_file()}
+    told = [(path.relative_to(ROOT).as_posix(), word)
+            for path in sorted(paths - {Path(__file__)}) for word in installed(text_of(path))]
     assert len({path for path, _ in told}) > 9                       # the notebooks, at least
     assert [(path, word) for path, word in told if not known(word, requirements)] == []
 
 
-@pytest.mark.parametrize("command", ["pip install mythos-core[cluster]", "%pip install -q recurrent-depth-tutorial",
-                                     "pip install 'git+https://github.com/kyegomez/OpenMythos'"])
+@pytest.mark.parametrize("command", [
+    "pip install mythos-core[cluster]", "%pip install -q recurrent-depth-tutorial",
+    "pip install 'git+https://github.com/kyegomez/OpenMythos'"])
 def test_a_name_that_is_not_ours_is_seen(command):
     assert [known(word, {"torch"}) for word in installed(command)] == [False]
 
@@ -96,24 +101,28 @@ def load_yaml(file):
 
 
 def test_the_citation_is_of_this_package():
-    """What its format asks for (cffconvert itself needs another jsonschema than Jupyter), and what the package says."""
+    """It has what its format asks for, and says what the package says. cffconvert itself can't be
+    here: it needs an older jsonschema than Jupyter."""
     citation = load_yaml("CITATION.cff")
-    assert citation["cff-version"] == "1.2.0" and citation["message"] and citation["authors"][0]["name"]
-    assert citation["version"] == mythos_core.__version__ and citation["license"] == PROJECT["license"]
+    assert citation["cff-version"] == "1.2.0" and citation["message"]
+    assert citation["authors"][0]["name"] and citation["license"] == PROJECT["license"]
+    assert citation["version"] == mythos_core.__version__
     assert citation["repository-code"] == PROJECT["urls"]["Repository"]
     assert f"# {citation['title']}\n" in (ROOT / "README.md").read_text(encoding="utf-8")
     assert (ROOT / "LICENSE").read_text(encoding="utf-8").startswith("MIT License\n\nCopyright")
 
 
 def test_the_hooks_are_those_of_the_pinned_ruff():
-    revisions = {repository["repo"].split("/")[-1]: repository.get("rev") for repository in load_yaml(".pre-commit-config.yaml")["repos"]}
-    assert f"ruff=={revisions['ruff-pre-commit'].removeprefix('v')}" in lines("constraints.txt")
+    hooks = load_yaml(".pre-commit-config.yaml")["repos"]
+    (revision,) = [hook["rev"] for hook in hooks if hook["repo"].endswith("/ruff-pre-commit")]
+    assert f"ruff=={revision.removeprefix('v')}" in lines("constraints.txt")
 
 
 @pytest.mark.parametrize("form", ["bug", "claim"])
 def test_an_issue_form_asks_for_something(form):
     fields = load_yaml(f".github/ISSUE_TEMPLATE/{form}.yml")["body"]
-    assert fields and all(field["validations"]["required"] and field["attributes"]["label"] for field in fields)
+    assert fields and all(field["validations"]["required"] for field in fields)
+    assert all(field["attributes"]["label"] for field in fields)
 
 
 def test_the_core_stays_thin():

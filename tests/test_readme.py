@@ -1,4 +1,4 @@
-"""Every number in the tables of the README and of docs/ is in a figure's JSON or in committed rows, and says the same."""
+"""Numbers in the README and in docs/ are those of the figures and the committed rows."""
 import json
 import re
 from pathlib import Path
@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
          for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])}
-REPOSITORY = re.search(r'Repository = "(.*?)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))[1]
+PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+REPOSITORY = re.search(r'Repository = "(.*?)"', PROJECT)[1]
 PEER = "https://github.com/kyegomez/OpenMythos"
 
 
@@ -41,15 +42,19 @@ def reached():
     return sum(row["whole"]["1024"] == 1.0 for row in rows)
 
 
+def certificate(model):
+    return json.loads((PRETRAINED / model / "certificate.json").read_text(encoding="utf-8"))
+
+
 def certificates():
     """Contexts of each shipped proof, by machine."""
-    kept = {name: json.loads((PRETRAINED / f"state-{name}" / "certificate.json").read_text(encoding="utf-8")) for name in ("Z5", "S3", "A5", "S5")}
+    kept = {name: certificate(f"state-{name}") for name in ("Z5", "S3", "A5", "S5")}
     assert all(proof["proved"] for proof in kept.values())
     return "Z5, S3, A5 and S5 proved for every length by {}, {}, {} and {} contexts".format(*(proof["contexts"] for proof in kept.values()))
 
 
 def by_hand():
-    proof = json.loads((PRETRAINED / "parity-extrapolating" / "certificate.json").read_text(encoding="utf-8"))
+    proof = certificate("parity-extrapolating")
     assert proof["proved"]
     return f"every string of every length, by {proof['contexts']} contexts"
 
@@ -98,10 +103,11 @@ def test_the_proofs_are_counted_in_the_readme():
 
 
 def test_the_readme_is_a_page_that_one_reads():
-    """At most 120 lines of 120 columns, but for addresses and the count of proofs, which stay on one line."""
+    """At most 120 lines of 120 columns; addresses and the count of proofs stay on one line."""
     lines = README.splitlines()
     assert len(lines) <= 120
-    assert [line for line in lines if len(line) > 120 and not re.match(r"\[[\w-]+\]: http|parity \d", line)] == []
+    whole = re.compile(r"\[[\w-]+\]: http|parity \d")
+    assert [line for line in lines if len(line) > 120 and not whole.match(line)] == []
 
 
 def amount(value, unit):
@@ -133,7 +139,8 @@ def bench_table():
 def test_the_bench_is_quoted():
     table = bench_table()
     if table not in PAGES["docs/bench.md"]:
-        pytest.fail(f"after `make bench` paste this into docs/bench.md, in place of the table there:\n\n{table}\n", pytrace=False)
+        pytest.fail("after `make bench` paste this into docs/bench.md, in place of the table "
+                    f"there:\n\n{table}\n", pytrace=False)
 
 
 def test_bounds_in_prose_hold():
@@ -144,8 +151,9 @@ def test_bounds_in_prose_hold():
 
 
 def anchors(page):
-    """What a heading is called in an address: lower case, without punctuation, a hyphen for a space."""
-    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in re.findall(r"^#+ (.*)", page, re.M)}
+    """What headings are called in an address: lower case, no punctuation, a hyphen for a space."""
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+            for heading in re.findall(r"^#+ (.*)", page, re.M)}
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -163,12 +171,14 @@ def test_links_lead_somewhere(name):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_a_repository_is_ours_or_the_one_measured_against(name):
-    assert set(re.findall(r"https://github\.com/[\w.-]+/[\w.-]+", PAGES[name])) <= {REPOSITORY, PEER}
+    named = re.findall(r"https://github\.com/[\w.-]+/[\w.-]+", PAGES[name])
+    assert set(named) <= {REPOSITORY, PEER}
 
 
 def test_the_readme_says_how_to_install_and_what_it_is_measured_against():
     assert f"git clone {REPOSITORY} &&" in README and f"`pip install git+{REPOSITORY}`" in README
-    assert PEER in README and len(set(re.findall(r"https://www\.marktechpost\.com/\S+", README))) == 2
+    tutorials = re.findall(r"https://www\.marktechpost\.com/\S+", README)
+    assert PEER in README and len(set(tutorials)) == 2
 
 
 @pytest.mark.parametrize("page, printed", [("README.md", 0), ("docs/use.md", 3)])
@@ -180,5 +190,6 @@ def test_the_code_runs(capsys, page, printed):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_commands_exist(name):
-    targets = re.findall(r"^([a-z]+(?:-[a-z]+)*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = re.findall(r"^([a-z]+(?:-[a-z]+)*):", makefile, re.M)
     assert set(re.findall(r"(?:^|`)make ([\w-]+)", PAGES[name], re.M)) <= set(targets)

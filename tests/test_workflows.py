@@ -25,13 +25,15 @@ def documented(command):
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_every_step_is_a_make_target_or_a_documented_command(path):
     steps = [step for job in jobs(path).values() for step in job["steps"]]
-    assert steps and all("run" in step or re.fullmatch(r"actions/[\w-]+@v\d+", step["uses"]) for step in steps)
+    used = [step["uses"] for step in steps if "uses" in step]
+    assert all(re.fullmatch(r"actions/[\w-]+@v\d+", action) for action in used)
     assert [step["run"] for step in steps if "run" in step and not documented(step["run"])] == []
 
 
 def test_a_step_that_is_neither_is_seen():
-    assert documented("make test") and not documented("make tests") and not documented("make test; rm -rf .")
-    assert not documented("pip install torch")
+    assert documented("make test")
+    for command in ("make tests", "make test; rm -rf .", "pip install torch"):
+        assert not documented(command)
 
 
 def test_the_matrix_is_every_system_and_every_python():

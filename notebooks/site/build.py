@@ -1,6 +1,9 @@
-"""The README, the notebooks, docs/ and an API reference as a static site: python notebooks/site/build.py OUT.
+"""The README, the notebooks, docs/ and an API reference as a static site.
 
-The pages have no script and ask no other machine for anything: TeX becomes MathML here, pictures are files beside them.
+    python notebooks/site/build.py OUT
+
+The pages have no script and ask no other machine for anything: TeX becomes MathML here, pictures
+are files beside them.
 """
 import json
 import pkgutil
@@ -21,9 +24,11 @@ import mythos_core
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-REPOSITORY = re.search(r'Repository = "(.*?)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))[1]
+PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+REPOSITORY = re.search(r'Repository = "(.*?)"', PROJECT)[1]
 DOCS = ("claims", "use", "batches", "bench", "results")
-SOURCES = [ROOT / "README.md", *sorted(ROOT.glob("notebooks/*.ipynb")), *(ROOT / "docs" / f"{name}.md" for name in DOCS)]
+SOURCES = [ROOT / "README.md", *sorted(ROOT.glob("notebooks/*.ipynb")),
+           *(ROOT / "docs" / f"{name}.md" for name in DOCS)]
 PAGES = {path.name: "index" if path.stem == "README" else path.stem for path in SOURCES}
 
 
@@ -46,7 +51,8 @@ class Renderer(IPythonRenderer):
     def heading(self, text, level, **attrs):
         """Headings are addressed as on the code host: in lower case, without punctuation."""
         html = super().heading(text, level, **attrs)
-        return re.sub(r'(?<=id=")[^"]+|(?<=href="#)[^"]+', lambda name: re.sub(r"[^\w-]", "", name[0].lower()), html, count=2)
+        return re.sub(r'(?<=id=")[^"]+|(?<=href="#)[^"]+',
+                      lambda name: re.sub(r"[^\w-]", "", name[0].lower()), html, count=2)
 
 
 def on_the_site(url):
@@ -54,8 +60,9 @@ def on_the_site(url):
     path, _, anchor = url.partition("#")
     if not path or "://" in path:
         return url
-    name = Path(path).name
-    return f"{PAGES[name]}.html" + (f"#{anchor}" if anchor else "") if name in PAGES else f"{REPOSITORY}/blob/main/{path}"
+    if page := PAGES.get(Path(path).name):
+        return f"{page}.html#{anchor}" if anchor else f"{page}.html"
+    return f"{REPOSITORY}/blob/main/{path.removeprefix('../')}"
 
 
 def markdown2html(source):
@@ -71,7 +78,8 @@ def name_pictures(notebook):
         pictures += [output for output in cell.get("outputs", []) if "image/png" in output.get("data", {}) and "image/png" not in output.metadata]
         if pictures and (saved := re.search(r'figures\.save\(\s*\w+,\s*"(\w+)"', cell.source)):
             for picture in pictures:
-                picture.metadata["image/png"] = {"alt": json.loads((ROOT / "figures" / f"{saved[1]}.json").read_text(encoding="utf-8"))["alt"]}
+                numbers = (ROOT / "figures" / f"{saved[1]}.json").read_text(encoding="utf-8")
+                picture.metadata["image/png"] = {"alt": json.loads(numbers)["alt"]}
             pictures[-1].metadata["filenames"] = {"image/png": f"figures/{saved[1]}.png"}
             pictures = []
 
@@ -80,12 +88,14 @@ def read(path):
     """A notebook, or a page of Markdown as a notebook of one cell."""
     if path.suffix == ".ipynb":
         return nbformat.read(path, 4)
-    return nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(path.read_text(encoding="utf-8"))])
+    cell = nbformat.v4.new_markdown_cell(path.read_text(encoding="utf-8"))
+    return nbformat.v4.new_notebook(cells=[cell])
 
 
 def words(text):
     """Markdown without its signs, and of a link what it says."""
-    return " ".join(re.sub(r"[$*`]", "", re.sub(r"\[(.*?)\](\(.*?\)|\[.*?\])", r"\1", text)).split())
+    text = re.sub(r"\[(.*?)\](\(.*?\)|\[.*?\])", r"\1", text)
+    return " ".join(re.sub(r"[$*`]", "", text).split())
 
 
 def describe(name, notebook):
@@ -110,8 +120,8 @@ def main(out):
         html, _ = exporter.from_notebook_node(notebook, {"site": pages[0], "page": page, "before": before, "after": after, "repository": REPOSITORY})
         (out / f"{page['name']}.html").write_text(html, encoding="utf-8")
     pdoc.render.configure(docformat="google", search=False, show_source=False)
-    pdoc.pdoc("mythos_core", *(f"mythos_core.{module.name}" for module in pkgutil.iter_modules(mythos_core.__path__)),
-              output_directory=out / "api")
+    modules = pkgutil.iter_modules(mythos_core.__path__, "mythos_core.")
+    pdoc.pdoc("mythos_core", *(module.name for module in modules), output_directory=out / "api")
     print(f"{len(pages)} pages in {out}, {sum(path.stat().st_size for path in out.rglob('*') if path.is_file()) / 2**20:.1f} MB")
 
 
