@@ -1,5 +1,6 @@
-# make tutorial | test | test-notebooks | test-arithmetics | test-browser | test-colab | test-floors | bench | lab | site | publish | lint | clean
-# Every target first makes the environment in .venv; site and test-browser put requirements-site.txt in it too, test-floors makes one of its own.
+# CONTRIBUTING.md says what each target does. Every target first makes the environment in .venv;
+# site and test-browser put requirements-site.txt in it too, test-floors and test-python make one of
+# their own.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +12,8 @@ NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=300
 # Notebooks are tested and published on one thread each: how many there are decides how sums are rounded, and so what a training becomes.
 test test-notebooks publish: export OMP_NUM_THREADS := 1
 
-.PHONY: tutorial test test-notebooks test-arithmetics test-browser test-colab test-floors bench lab site publish lint clean
+.PHONY: tutorial test test-notebooks test-arithmetics test-browser test-colab test-wheel \
+        test-floors test-python bench lab site publish lint clean
 
 $(VENV)/installed: requirements.txt $(CONSTRAINTS) pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -28,7 +30,8 @@ tutorial: $(VENV)/installed
 	MYTHOS_FIGURES=$(CURDIR)/build/figures $(BIN)/python -m mythos_core.batch $(NOTEBOOKS) --workers $(WORKERS) --out build/tutorial
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests notebooks --ignore tests/browser --ignore tests/test_colab.py $(NBVAL) -m "not training"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests notebooks --ignore tests/browser \
+	    --ignore tests/test_colab.py $(NBVAL) -m "not training and not wheel"
 
 test-notebooks: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/test_notebooks.py notebooks $(NBVAL)
@@ -43,6 +46,9 @@ test-browser: site
 test-colab: $(VENV)/installed
 	$(BIN)/python -m pytest tests/test_colab.py
 
+test-wheel: $(VENV)/installed
+	$(BIN)/python -m pytest tests/test_wheel.py
+
 # The oldest of everything that requirements.txt allows; `make test-floors PYTHON=python3.10` for the oldest Python too.
 test-floors: build/floors.txt
 	$(MAKE) test VENV=build/floors CONSTRAINTS=$<
@@ -50,6 +56,14 @@ test-floors: build/floors.txt
 build/floors.txt: requirements.txt
 	mkdir -p build
 	sed 's/>=/==/' $< > $@
+
+# The newest of everything; `make test-python PYTHON=python3.13` for another Python.
+test-python: build/newest.txt
+	$(MAKE) test VENV=build/$(notdir $(PYTHON)) CONSTRAINTS=$<
+
+build/newest.txt:
+	mkdir -p build
+	touch $@
 
 bench: $(VENV)/installed
 	MYTHOS_FIGURES=$(CURDIR)/figures $(BIN)/python -m pytest tests/bench
@@ -68,6 +82,7 @@ publish: $(VENV)/installed
 
 lint: $(VENV)/installed
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
 
 clean:
 	rm -rf .venv build

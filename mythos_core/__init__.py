@@ -5,3 +5,4 @@ from mythos_core.interop import from_open_mythos
 from mythos_core.model import OpenMythos
 
 __all__ = ["KVCache", "MythosConfig", "OpenMythos", "from_open_mythos"]
+__version__ = "0.1.0"

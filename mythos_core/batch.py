@@ -263,7 +263,8 @@ def connect(args):
         if args.scheduler or args.slurm:
             return Client(args.scheduler or slurm_cluster(args.slurm, args.dashboard), timeout=20)
     except ImportError as error:
-        raise ImportError(f"{error}; to run on more than one worker: pip install mythos-core[cluster]") from error
+        raise ImportError(f"{error}; to run on more than one worker: "
+                          "pip install dask distributed dask-jobqueue") from error
     ours = signal.signal(signal.SIGINT, signal.SIG_IGN)         # Ctrl-C reaches every process of a terminal; this one alone answers
     client = Client(n_workers=args.workers, threads_per_worker=1, memory_limit=0, dashboard_address=":0" if args.dashboard else None,
                     silence_logs=50, preload=["import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"])

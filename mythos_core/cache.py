@@ -12,7 +12,8 @@ class _Strip:
     """
 
     def __init__(self, keep: int | None):
-        self.buffer, self.first, self.keep = None, 0, keep
+        self.buffer: Tensor | None = None
+        self.first, self.keep = 0, keep
 
     def wanted_from(self, length: int) -> int:
         """First position that a token at `length` may still read."""

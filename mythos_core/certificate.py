@@ -95,8 +95,8 @@ def certify(model: OpenMythos, machine: Machine,
     Args:
         codes: to round to. Default: the model's own, if it has some; else means of the settled
             states of strings of at most 16 elements, taken by the machine's state, its answer and
-            the last k letters, with the least k from 0 to 3 that gives a proof. That labels choose the codes
-            takes nothing from the proof, which checks what they do.
+            the last k letters, with the least k from 0 to 3 that gives a proof. That labels choose
+            the codes takes nothing from the proof, which checks what they do.
 
     Raises:
         ValueError: if the model is not of the kind that the theorem is about, or
@@ -301,7 +301,7 @@ def _evaluate(model, tokens: Int[Tensor, "n tokens"], before: Int[Tensor, "n pos
 
 def _plain(model, x: Tensor) -> attention.Context:
     """What the layers of a pass over all positions of x, ids or states, share."""
-    return attention.Context.of(model.config, *x.shape[:2], None, like=model.embed.weight)
+    return attention.Context.of(model.config, len(x), x.shape[1], None, like=model.embed.weight)
 
 
 def _lead(scores: Float[Tensor, "n choices"], chosen: Tensor) -> Float[Tensor, "n choices"]:

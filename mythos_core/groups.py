@@ -101,7 +101,8 @@ def group(name: str) -> Group:
     made = {"Z": [cycle], "D": [cycle, tuple(reversed(range(n)))], "S": [(1, 0, *range(2, n)), cycle],
             "A": [(1, 2, 0, *rest), cycle if n % 2 else (0, *range(2, n), 1)]}[name[0]]
     made = list(dict.fromkeys(made))                             # two of S2's, and of A3's, are one
-    index, origin, right = {tuple(range(n)): 0}, [None], []      # origin: the product of an earlier element and a generator; right: all of those
+    # origin: of all but the first, an earlier element times a generator; right: all such products
+    index, origin, right = {tuple(range(n)): 0}, [(0, 0)], []
     for a in (elements := list(index)):
         for s, generator in enumerate(made):
             product = tuple(generator[x] for x in a)
@@ -110,7 +111,8 @@ def group(name: str) -> Group:
                 elements.append(product)
                 origin.append((index[a], s))
             right.append(index[product])
-    right, table = torch.tensor(right).view(-1, len(made)), torch.arange(len(elements)).expand(len(elements), -1).T.contiguous()
-    for b, (a, s) in enumerate(origin[1:], 1):
-        table[:, b] = right[table[:, a], s]                      # x (a s) = (x a) s
+    times = torch.tensor(right).view(-1, len(made))
+    table = torch.arange(len(elements)).expand(len(elements), -1).T.contiguous()
+    for b, (before, s) in enumerate(origin[1:], 1):
+        table[:, b] = times[table[:, before], s]                 # x (a s) = (x a) s
     return Group(name, elements, table, [index[generator] for generator in made])

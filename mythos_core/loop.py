@@ -3,6 +3,7 @@ token shift and ACT; or strict, where a position reads the states before it and 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -43,7 +44,7 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.attn_norm, self.ffn_norm = RMSNorm(config.dim, NORM_EPS), RMSNorm(config.dim, NORM_EPS)
         self.attn = (GQA if config.attn_type == "gqa" else MLA)(config)
-        self.ffn = MoE(config) if moe else SwiGLU(config.dim, config.dim * 4 // 3)
+        self.ffn: Any = MoE(config) if moe else SwiGLU(config.dim, config.dim * 4 // 3)
         self.dropout = config.dropout
 
     def forward(self, x: Float[Tensor, "batch seq dim"], ctx: Context, layer: str):
@@ -122,7 +123,8 @@ def previous(x: Float[Tensor, "batch seq width"], ctx: Context, layer: str, name
 def loop_embedding(n_loops: int, dim: int, like: Tensor) -> Float[Tensor, "loops dim"]:
     """For each loop t: sin and cos of t * 10000^(-2i / width) on the first width = dim // 8
     channels, 0 on the others."""
-    width, kind = dim // 8, dict(device=like.device, dtype=like.dtype)
+    width = dim // 8
+    kind: dict[str, Any] = dict(device=like.device, dtype=like.dtype)
     frequency = 10000.0 ** (torch.arange(0, width, 2, **kind) / width)
     angle = torch.arange(n_loops, **kind).unsqueeze(1) / frequency
     return F.pad(torch.cat([angle.sin(), angle.cos()], 1)[:, :width], (0, dim - width))
@@ -164,6 +166,7 @@ class RecurrentBlock(nn.Module):
         self.act = ACTHalting(config) if config.halting in ("act", "act_remainder") else None
         self.start = (nn.Parameter(config.init_std * torch.randn(config.stride, config.dim))
                       if config.stride > 1 else None)
+        self.codes: Tensor | None
         self.register_buffer("codes",
                              torch.zeros(config.codes, config.dim) if config.codes else None)
 

@@ -339,8 +339,8 @@ def cycle_navigation() -> Machine:
 
 def flip_flop() -> Machine:
     """After each r the bit that followed the last w (tokens 1 and 2; Liu et al. 2023): strings such
-    as w1i0r1 of instructions write, ignore and read, each with a bit. Token 3 where nothing is to be
-    said: after all else, and before the first w."""
+    as w1i0r1 of instructions write, ignore and read, each with a bit. Token 3 where nothing is to
+    be said: after all else, and before the first w."""
     def moves(state):
         bit, writes = state
         after_bit = [((new if writes else bit, False), 3) for new in (0, 1)]

@@ -94,7 +94,7 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
 
     def context(self, ids: Int[Tensor, "batch seq"], kv_cache: KVCache | None = None) -> Context:
         """What the layers of one pass over `ids` share."""
-        return Context.of(self.config, *ids.shape, kv_cache, like=self.embed.weight)
+        return Context.of(self.config, len(ids), ids.shape[1], kv_cache, like=self.embed.weight)
 
     def encode(self, ids: Int[Tensor, "batch seq"], ctx: Context) -> Float[Tensor, "batch seq dim"]:
         """e = prelude(embed(ids))."""
@@ -161,7 +161,8 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
         _require(most is None or length <= most, name, length, f"at most max_seq_len = {most}")
 
     @classmethod
-    def from_pretrained(cls, name_or_dir, *, map_location="cpu", **hub) -> "OpenMythos":
+    def from_pretrained(  # type: ignore[override]  # a name is not a keyword
+            cls, name_or_dir, *, map_location="cpu", **hub) -> "OpenMythos":
         """A model in eval mode: one that ships with the package (by name), `save_pretrained`'s directory, or a hub id.
 
         Args:

@@ -39,6 +39,8 @@ class MoE(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(2, c.n_experts, c.expert_dim, c.dim))
         self.down = nn.Parameter(torch.empty(c.n_experts, c.expert_dim, c.dim))
         self.shared = nn.ModuleList(SwiGLU(c.dim, c.n_experts_per_tok * c.expert_dim) for _ in range(c.n_shared_experts))
+        self.router_bias: Tensor
+        self.load: Tensor
         self.register_buffer("router_bias", torch.zeros(c.n_experts))
         self.register_buffer("load", torch.zeros(c.n_experts), persistent=False)
         self._imbalances = []

@@ -176,7 +176,7 @@ def loop_spectrum(model: OpenMythos, ids: Int[Tensor, "one seq"], n_loops: int, 
     step, h = loop_map(model, ids, n_loops)
     start = torch.randn(h.shape, generator=torch.Generator().manual_seed(seed)).to(h)
     with sdpa_kernel(SDPBackend.MATH):                       # the fused kernels have no forward-mode derivative
-        _, pull = torch.func.vjp(step, h)
+        pull = torch.func.vjp(step, h)[1]
         v, growth = start / start.norm(), []
         for _ in range(iterations):
             v = torch.func.jvp(step, (h,), (v,))[1]

@@ -1,6 +1,7 @@
 """What is trained and how: a model, its task, and the settings of the training."""
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 from mythos_core.config import MythosConfig, parity_config
 from mythos_core.groups import group
@@ -97,10 +98,11 @@ def recipe_for(machine: Machine, **changes) -> Recipe:
 
 #: What the recipes that let a position read its own state, and extrapolate by luck, share: the
 #: model, and its training.
-_MODEL = dict(vocab_size=4, max_seq_len=4096, halting="none", loop_embedding=False, lora_rank=0,
-              token_shift=True, init_std=64 ** -0.5)
-_TRAINING = dict(batch=40, lr=2e-3, betas=(0.9, 0.98), warmup=50, decay=0.8, lengths=(9, 16),
-                 curriculum=0.25, loops=(1, 16), strings="mixed", reach=1.5)
+_MODEL: dict[str, Any] = dict(vocab_size=4, max_seq_len=4096, halting="none", loop_embedding=False,
+                              lora_rank=0, token_shift=True, init_std=64 ** -0.5)
+_TRAINING: dict[str, Any] = dict(batch=40, lr=2e-3, betas=(0.9, 0.98), warmup=50, decay=0.8,
+                                 lengths=(9, 16), curriculum=0.25, loops=(1, 16), strings="mixed",
+                                 reach=1.5)
 
 
 def _carrying(name: str, steps: int) -> Recipe:

@@ -1,9 +1,11 @@
 """The study behind notebooks 05 to 08: the recipe, every ingredient taken away or put back alone, several seeds. A run of it is
-mythos_core/study.ipynb, which trains one variant with one seed and measures it; `mythos_core.batch` runs the grid of them (see the README)."""
+mythos_core/study.ipynb, which trains one variant with one seed and measures it;
+`mythos_core.batch` runs the grid of them (see docs/results.md)."""
 import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -35,7 +37,8 @@ def variant(name: str) -> Recipe:
     """The recipe of a variant; ValueError listing the names there are."""
     if name not in VARIANTS:
         raise ValueError(f"variant = {name!r}: must be one of {sorted(VARIANTS)}")
-    changes = {k: tuple(v) if isinstance(v, list) else v for k, v in VARIANTS[name].items()}
+    changes: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v
+                               for k, v in VARIANTS[name].items()}
     recipe = get_recipe(changes.pop("base", "parity-carrying"))
     inner = {k.removeprefix("config."): v for k, v in changes.items() if k.startswith("config.")}
     outer = {k: v for k, v in changes.items() if not k.startswith("config.")}

@@ -113,7 +113,7 @@ def test_more_workers_need_dask_and_one_does_not(tmp_path, good, no_report, caps
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(SystemExit) as stop:
         main([good, "--workers", "2", "--out", str(tmp_path / "out")])
-    assert stop.value.code == 2 and "pip install mythos-core[cluster]" in capsys.readouterr().err
+    assert stop.value.code == 2 and "pip install dask distributed" in capsys.readouterr().err
     assert main([good, "--out", str(tmp_path / "out")]) == 0
 
 

@@ -54,7 +54,9 @@ def test_the_notebook_passes_on_colab(colab, name, tmp_path, monkeypatch):
     assert claims(notebook) == claimed
     after = colab.freeze()
     assert colab.before <= after
-    assert {name for name, _ in after - colab.before} == {"mythos-core", "jaxtyping", "wadler-lindig", "automata-lib", "cached-method", "frozendict"}
+    assert {name for name, _ in after - colab.before} == {
+        "recurrent-depth-tutorial", "jaxtyping", "wadler-lindig", "automata-lib", "cached-method",
+        "frozendict"}
 
 
 def claims(notebook):

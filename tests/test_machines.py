@@ -1,4 +1,5 @@
 import re
+from itertools import pairwise
 
 import pytest
 import torch
@@ -150,7 +151,7 @@ def value(text):
 def flip_flop_by_hand(text):
     if len(text) < 1 or text[-1] != "r" or "w" not in text:
         return 3
-    writes = [b for a, b in zip(text, text[1:]) if a == "w" and b in "01"]
+    writes = [b for a, b in pairwise(text) if a == "w" and b in "01"]
     return 1 + int(writes[-1]) if writes else 3
 
 

@@ -5,12 +5,23 @@ import statistics
 import sys
 from pathlib import Path
 
+import nbformat
+import pytest
+import yaml
+
+import mythos_core
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+TEXTS = ["*", ".ci/*", ".github/**/*", "docs/*", "figures/*.py", "mythos_core/*", "notebooks/*",
+         "notebooks/site/*", "tests/*.py"]
+#: A word of a command: an option, something between quotes, or letters up to a string's end.
+WORD = r"""-\S+|"[^"`]+"|'[^'`]+'|[\w.\[\]=<>+:/@~$(){},-]+"""
 
 
 def lines(file):
@@ -34,10 +45,84 @@ def test_every_requirement_is_pinned_above_its_floor():
         assert [int(n) for n in re.findall(r"\d+", pinned[name(requirement)])] >= floor, requirement
 
 
-def test_the_package_asks_for_a_part_of_requirements_txt():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert {*project["dependencies"], *project["optional-dependencies"]["cluster"]} <= set(lines("requirements.txt"))
-    assert project["requires-python"] == ">=3.10"
+def test_the_package_and_its_extras_ask_for_what_requirements_txt_has():
+    extras = PROJECT["optional-dependencies"]
+    asked = [*PROJECT["dependencies"], *extras["cluster"], *extras["dev"]]
+    assert sorted(asked) == sorted(lines("requirements.txt"))
+    assert extras["site"] == lines("requirements-site.txt")
+    assert PROJECT["requires-python"] == ">=3.10"
+
+
+def text_of(path):
+    if path.suffix == ".ipynb":
+        return "\n".join(cell.source for cell in nbformat.read(path, 4).cells)
+    return path.read_text(encoding="utf-8", errors="ignore")
+
+
+def installed(text):
+    """What the commands of pip in a text install: the words that are no options."""
+    for command in re.findall(rf"pip install((?: +(?:{WORD}))+)", text):
+        yield from (word.strip("\"'") for word in re.findall(WORD, command) if word[0] != "-")
+
+
+def known(word, requirements):
+    """Our code by its address or its folder, a variable, a file that is here, or a requirement."""
+    address = rf"({PROJECT['name']}(\[\w+\])? @ )?git\+{re.escape(PROJECT['urls']['Repository'])}"
+    ours = re.fullmatch(rf"{address}|\.(\[[\w,]+\])?", word)
+    return bool(ours or set("${") & set(word) or (ROOT / word).is_file()
+                or re.split(r"[><=]", word)[0] in requirements)
+
+
+def test_nobody_is_told_to_install_a_package_that_is_not_ours():
+    listed = lines("requirements.txt") + lines("requirements-site.txt")
+    requirements = {"pip", "open-mythos", *map(name, listed)}
+    paths = {path for pattern in TEXTS for path in ROOT.glob(pattern) if path.is_file()}
+    told = [(path.relative_to(ROOT).as_posix(), word)
+            for path in sorted(paths - {Path(__file__)}) for word in installed(text_of(path))]
+    assert len({path for path, _ in told}) > 9                       # the notebooks, at least
+    assert [(path, word) for path, word in told if not known(word, requirements)] == []
+
+
+@pytest.mark.parametrize("command", [
+    "pip install mythos-core[cluster]", "%pip install -q recurrent-depth-tutorial",
+    "pip install 'git+https://github.com/kyegomez/OpenMythos'"])
+def test_a_name_that_is_not_ours_is_seen(command):
+    assert [known(word, {"torch"}) for word in installed(command)] == [False]
+
+
+def test_the_version_is_said_once():
+    assert PROJECT["dynamic"] == ["version"] and "version" not in PROJECT
+    assert re.fullmatch(r"\d+\.\d+\.\d+", mythos_core.__version__)
+    assert f"## [{mythos_core.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def load_yaml(file):
+    return yaml.safe_load((ROOT / file).read_text(encoding="utf-8"))
+
+
+def test_the_citation_is_of_this_package():
+    """It has what its format asks for, and says what the package says. cffconvert itself can't be
+    here: it needs an older jsonschema than Jupyter."""
+    citation = load_yaml("CITATION.cff")
+    assert citation["cff-version"] == "1.2.0" and citation["message"]
+    assert citation["authors"][0]["name"] and citation["license"] == PROJECT["license"]
+    assert citation["version"] == mythos_core.__version__
+    assert citation["repository-code"] == PROJECT["urls"]["Repository"]
+    assert f"# {citation['title']}\n" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert (ROOT / "LICENSE").read_text(encoding="utf-8").startswith("MIT License\n\nCopyright")
+
+
+def test_the_hooks_are_those_of_the_pinned_ruff():
+    hooks = load_yaml(".pre-commit-config.yaml")["repos"]
+    (revision,) = [hook["rev"] for hook in hooks if hook["repo"].endswith("/ruff-pre-commit")]
+    assert f"ruff=={revision.removeprefix('v')}" in lines("constraints.txt")
+
+
+@pytest.mark.parametrize("form", ["bug", "claim"])
+def test_an_issue_form_asks_for_something(form):
+    fields = load_yaml(f".github/ISSUE_TEMPLATE/{form}.yml")["body"]
+    assert fields and all(field["validations"]["required"] for field in fields)
+    assert all(field["attributes"]["label"] for field in fields)
 
 
 def test_the_core_stays_thin():

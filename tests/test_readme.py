@@ -1,4 +1,4 @@
-"""Every number in the README's tables is in a figure's JSON, and says the same."""
+"""Numbers in the README and in docs/ are those of the figures and the committed rows."""
 import json
 import re
 from pathlib import Path
@@ -10,11 +10,16 @@ from mythos_core import study
 from mythos_core.model import PRETRAINED
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+         for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])}
+PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+REPOSITORY = re.search(r'Repository = "(.*?)"', PROJECT)[1]
+PEER = "https://github.com/kyegomez/OpenMythos"
 
 
 def figure(name):
-    return json.loads((ROOT / "figures" / f"{name}.json").read_text())
+    return json.loads((ROOT / "figures" / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def percent(share):
@@ -37,15 +42,19 @@ def reached():
     return sum(row["whole"]["1024"] == 1.0 for row in rows)
 
 
+def certificate(model):
+    return json.loads((PRETRAINED / model / "certificate.json").read_text(encoding="utf-8"))
+
+
 def certificates():
     """Contexts of each shipped proof, by machine."""
-    kept = {name: json.loads((PRETRAINED / f"state-{name}" / "certificate.json").read_text()) for name in ("Z5", "S3", "A5", "S5")}
+    kept = {name: certificate(f"state-{name}") for name in ("Z5", "S3", "A5", "S5")}
     assert all(proof["proved"] for proof in kept.values())
     return "Z5, S3, A5 and S5 proved for every length by {}, {}, {} and {} contexts".format(*(proof["contexts"] for proof in kept.values()))
 
 
 def by_hand():
-    proof = json.loads((PRETRAINED / "parity-extrapolating" / "certificate.json").read_text())
+    proof = certificate("parity-extrapolating")
     assert proof["proved"]
     return f"every string of every length, by {proof['contexts']} contexts"
 
@@ -86,7 +95,19 @@ CLAIMS = {
 
 @pytest.mark.parametrize("claim", CLAIMS)
 def test_the_readme_says_what_the_figures_say(claim):
-    assert CLAIMS[claim]() in README
+    assert any(CLAIMS[claim]() in " ".join(page.split()) for page in PAGES.values())
+
+
+def test_the_proofs_are_counted_in_the_readme():
+    assert proofs() in README
+
+
+def test_the_readme_is_a_page_that_one_reads():
+    """At most 120 lines of 120 columns; addresses and the count of proofs stay on one line."""
+    lines = README.splitlines()
+    assert len(lines) <= 120
+    whole = re.compile(r"\[[\w-]+\]: http|parity \d")
+    assert [line for line in lines if len(line) > 120 and not whole.match(line)] == []
 
 
 def amount(value, unit):
@@ -94,7 +115,7 @@ def amount(value, unit):
 
 
 def bench_line(row):
-    """A row of figures/bench.json as a line of the README's table."""
+    """A row of figures/bench.json as a line of the table in docs/bench.md."""
     reference, ours, floor = (amount(row[key], row["unit"]) for key in ("reference", "ours", "floor"))
     spread = "" if row["low"] == row["high"] else f" ({row['low']:.2f} to {row['high']:.2f})"
     ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}{spread}"
@@ -106,7 +127,7 @@ def bench_line(row):
 
 
 def bench_table():
-    """What the README quotes of figures/bench.json."""
+    """What docs/bench.md quotes of figures/bench.json."""
     bench = figure("bench")
     machine = bench["machine"]
     rates = ", ".join(f"{rate:.0f} GFLOP/s on {threads}" for threads, rate in machine["GFLOP_per_second"].items())
@@ -115,10 +136,11 @@ def bench_table():
     return "\n".join([where, "", *head, *map(bench_line, bench["rows"])])
 
 
-def test_the_readme_quotes_the_bench():
+def test_the_bench_is_quoted():
     table = bench_table()
-    if table not in README:
-        pytest.fail(f"after `make bench` paste this into the README's section How fast, in place of the table there:\n\n{table}\n", pytrace=False)
+    if table not in PAGES["docs/bench.md"]:
+        pytest.fail("after `make bench` paste this into docs/bench.md, in place of the table "
+                    f"there:\n\n{table}\n", pytrace=False)
 
 
 def test_bounds_in_prose_hold():
@@ -128,21 +150,46 @@ def test_bounds_in_prose_hold():
     assert recipe["held_out_step"][-1] == 250 and min(seed[-1] for seed in recipe["whole_16_bits"]) == 1.0
 
 
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (ROOT / target).exists(), target
-    repository = re.search(r'Repository = "https://github.com/(.*?)"', (ROOT / "pyproject.toml").read_text()).group(1)
-    for name in re.findall(r"\(notebooks/(\w+)\.ipynb\)", README):
-        assert f"colab.research.google.com/github/{repository}/blob/main/notebooks/{name}.ipynb" in README
+def anchors(page):
+    """What headings are called in an address: lower case, no punctuation, a hyphen for a space."""
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+            for heading in re.findall(r"^#+ (.*)", page, re.M)}
 
 
-def test_the_code_in_the_readme_runs(capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    exec(compile(code, "README.md", "exec"), {})
-    assert len(capsys.readouterr().out.splitlines()) == 3
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    page = re.sub(r"```.*?```", "", PAGES[name], flags=re.S)
+    defined = dict(re.findall(r"^\[([\w-]+)\]: (\S+)$", page, re.M))
+    assert set(re.findall(r"\]\[([\w-]+)\]", page)) == set(defined)
+    for target in [*re.findall(r"\]\(([^)\s]+)\)", page), *defined.values()]:
+        if not target.startswith("http"):
+            file, _, anchor = target.partition("#")
+            path = (ROOT / name).parent / file if file else ROOT / name
+            assert path.exists(), target
+            assert not anchor or anchor in anchors(path.read_text(encoding="utf-8")), target
 
 
-def test_commands_in_the_readme_exist():
-    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
-    assert set(re.findall(r"(?:^|`)make (\w+)", README, re.M)) <= set(targets)
-    assert "make test" in (ROOT / ".ci" / "run").read_text()
+@pytest.mark.parametrize("name", PAGES)
+def test_a_repository_is_ours_or_the_one_measured_against(name):
+    named = re.findall(r"https://github\.com/[\w.-]+/[\w.-]+", PAGES[name])
+    assert set(named) <= {REPOSITORY, PEER}
+
+
+def test_the_readme_says_how_to_install_and_what_it_is_measured_against():
+    assert f"git clone {REPOSITORY} &&" in README and f"`pip install git+{REPOSITORY}`" in README
+    tutorials = re.findall(r"https://www\.marktechpost\.com/\S+", README)
+    assert PEER in README and len(set(tutorials)) == 2
+
+
+@pytest.mark.parametrize("page, printed", [("README.md", 0), ("docs/use.md", 3)])
+def test_the_code_runs(capsys, page, printed):
+    (code,) = re.findall(r"```python\n(.*?)```", PAGES[page], re.S)
+    exec(compile(code, page, "exec"), {})
+    assert len(capsys.readouterr().out.splitlines()) == printed
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_commands_exist(name):
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = re.findall(r"^([a-z]+(?:-[a-z]+)*):", makefile, re.M)
+    assert set(re.findall(r"(?:^|`)make ([\w-]+)", PAGES[name], re.M)) <= set(targets)

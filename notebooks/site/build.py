@@ -1,24 +1,35 @@
-"""The notebooks and the README's first screen as a static site: python notebooks/site/build.py OUT.
+"""The README, the notebooks, docs/ and an API reference as a static site.
 
-The pages have no script and ask no other machine for anything: TeX becomes MathML here, pictures are files beside the pages.
+    python notebooks/site/build.py OUT
+
+The pages have no script and ask no other machine for anything: TeX becomes MathML here, pictures
+are files beside them.
 """
 import json
+import pkgutil
 import re
 import shutil
 import sys
 from pathlib import Path
 
 import nbformat
+import pdoc
 from math_core import LatexToMathML
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from traitlets.config import Config
 
+import mythos_core
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-README = (ROOT / "README.md").read_text()
-REPOSITORY = re.search(r'Repository = "(.*?)"', (ROOT / "pyproject.toml").read_text()).group(1)
+PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+REPOSITORY = re.search(r'Repository = "(.*?)"', PROJECT)[1]
+DOCS = ("claims", "use", "batches", "bench", "results")
+SOURCES = [ROOT / "README.md", *sorted(ROOT.glob("notebooks/*.ipynb")),
+           *(ROOT / "docs" / f"{name}.md" for name in DOCS)]
+PAGES = {path.name: "index" if path.stem == "README" else path.stem for path in SOURCES}
 
 
 class Renderer(IPythonRenderer):
@@ -32,14 +43,31 @@ class Renderer(IPythonRenderer):
         return f'<span class="formula">{self.tex.convert_with_local_state(body, displaystyle=True)}</span>'
 
     def image(self, text, url, title=None):
-        return text if "://" in url else super().image(text, url, title)
+        return text if "://" in url else super().image(text, re.sub(r"^\.\./", "", url), title)
+
+    def link(self, text, url, title=None):
+        return super().link(text, on_the_site(url), title)
+
+    def heading(self, text, level, **attrs):
+        """Headings are addressed as on the code host: in lower case, without punctuation."""
+        html = super().heading(text, level, **attrs)
+        return re.sub(r'(?<=id=")[^"]+|(?<=href="#)[^"]+',
+                      lambda name: re.sub(r"[^\w-]", "", name[0].lower()), html, count=2)
+
+
+def on_the_site(url):
+    """Where a link leads: from page to page, and to the repository for a file that is no page."""
+    path, _, anchor = url.partition("#")
+    if not path or "://" in path:
+        return url
+    if page := PAGES.get(Path(path).name):
+        return f"{page}.html#{anchor}" if anchor else f"{page}.html"
+    return f"{REPOSITORY}/blob/main/{path.removeprefix('../')}"
 
 
 def markdown2html(source):
-    """Links between notebooks lead from page to page, figures lie beside the pages, and a table's cells have a box that style.css gives a width."""
+    """A table's cells have a box that style.css gives a width."""
     html = MarkdownWithMath(renderer=Renderer(escape=False)).render(source)
-    html = re.sub(r'(?<=href=")(?:\.\./)?(?:notebooks/)?(\d\d_\w+)\.ipynb', r"\1.html", html)
-    html = re.sub(r'(?<=src=")\.\./figures/', "figures/", html)
     return re.sub(r"<(t[hd])\b([^>]*)>(.*?)</\1>", r"<\1\2><div>\3</div></\1>", html, flags=re.S)
 
 
@@ -50,28 +78,35 @@ def name_pictures(notebook):
         pictures += [output for output in cell.get("outputs", []) if "image/png" in output.get("data", {}) and "image/png" not in output.metadata]
         if pictures and (saved := re.search(r'figures\.save\(\s*\w+,\s*"(\w+)"', cell.source)):
             for picture in pictures:
-                picture.metadata["image/png"] = {"alt": json.loads((ROOT / "figures" / f"{saved[1]}.json").read_text())["alt"]}
+                numbers = (ROOT / "figures" / f"{saved[1]}.json").read_text(encoding="utf-8")
+                picture.metadata["image/png"] = {"alt": json.loads(numbers)["alt"]}
             pictures[-1].metadata["filenames"] = {"image/png": f"figures/{saved[1]}.png"}
             pictures = []
 
 
-def front():
-    """The README up to its second heading, and its table of notebooks, as a notebook of one cell."""
-    screen = README[:README.index("\n## ")]
-    table = re.search(r"^## The notebooks$.*?^\|.*?^$", README, re.M | re.S)[0]
-    links = "\n".join(re.findall(r"^\[\w+\]: .*$", README, re.M))
-    return nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(f"{screen}\n{table}\n{links}")])
+def read(path):
+    """A notebook, or a page of Markdown as a notebook of one cell."""
+    if path.suffix == ".ipynb":
+        return nbformat.read(path, 4)
+    cell = nbformat.v4.new_markdown_cell(path.read_text(encoding="utf-8"))
+    return nbformat.v4.new_notebook(cells=[cell])
+
+
+def words(text):
+    """Markdown without its signs, and of a link what it says."""
+    text = re.sub(r"\[(.*?)\](\(.*?\)|\[.*?\])", r"\1", text)
+    return " ".join(re.sub(r"[$*`]", "", text).split())
 
 
 def describe(name, notebook):
-    """A page's title and its description for search engines: the question, or the README's opening."""
+    """A page's title and its description for search engines: the question, or the opening."""
     text = notebook.cells[0].source
     opening = re.search(r"\*\*Question\.\*\*(.*?)\n\n", text, re.S) or re.search(r"\n\n(.*?)\n\n", text, re.S)
-    return {"name": name, "title": re.match(r"# (.*)", text)[1], "description": " ".join(re.sub(r"[$*`]", "", opening[1]).split())}
+    return {"name": name, "title": re.match(r"# (.*)", text)[1], "description": words(opening[1])}
 
 
 def main(out):
-    notebooks = {"index": front()} | {path.stem: nbformat.read(path, 4) for path in sorted(ROOT.glob("notebooks/*.ipynb"))}
+    notebooks = {PAGES[path.name]: read(path) for path in SOURCES}
     pages = [describe(name, notebook) for name, notebook in notebooks.items()]
     exporter = HTMLExporter(template_name="template", extra_template_basedirs=[str(HERE)], filters={"markdown2html": markdown2html},
                             preprocessors=[CoalesceStreamsPreprocessor], exclude_input_prompt=True, exclude_output_prompt=True,
@@ -83,7 +118,10 @@ def main(out):
         notebook = notebooks[page["name"]]
         name_pictures(notebook)
         html, _ = exporter.from_notebook_node(notebook, {"site": pages[0], "page": page, "before": before, "after": after, "repository": REPOSITORY})
-        (out / f"{page['name']}.html").write_text(html)
+        (out / f"{page['name']}.html").write_text(html, encoding="utf-8")
+    pdoc.render.configure(docformat="google", search=False, show_source=False)
+    modules = pkgutil.iter_modules(mythos_core.__path__, "mythos_core.")
+    pdoc.pdoc("mythos_core", *(module.name for module in modules), output_directory=out / "api")
     print(f"{len(pages)} pages in {out}, {sum(path.stat().st_size for path in out.rglob('*') if path.is_file()) / 2**20:.1f} MB")
 
 

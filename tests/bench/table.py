@@ -38,7 +38,7 @@ class Row:
 
 
 def write(rows: list[Row]):
-    """figures/bench.json, numbers to 4 digits; the README quotes it."""
+    """figures/bench.json, numbers to 4 digits; docs/bench.md quotes it."""
     def plain(row):
         return {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in row.items()}
     table = {"machine": machine.description(), "rows": [{**plain(asdict(row)), "reached": row.reached} for row in rows]}

@@ -1,6 +1,7 @@
 """Ours against open-mythos 0.5.0: the same work, weights, process and threads, in turns. By `make bench`, on a machine that does nothing else.
 
-A whole run writes the table figures/bench.json, which the README quotes, also if a bar is not reached.
+A whole run writes the table figures/bench.json, which docs/bench.md quotes, also if a bar is not
+reached.
 """
 import os
 import shutil

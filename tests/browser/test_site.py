@@ -13,7 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SITE = ROOT / "build" / "site"
 NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
-PAGES = ["index", *NOTEBOOKS]
+DOCS = ["claims", "use", "batches", "bench", "results"]
+PAGES = ["index", *NOTEBOOKS, *DOCS]
 
 # What a reader sees of a page, read off in one go. Text in <code> and <pre> is meant as it stands; a box that scrolls may hold more than it shows.
 LOOK = """() => {
@@ -59,9 +60,21 @@ def seen(browser, origin, request):
 
 
 def cells(name, kind):
-    if name == "index":
+    if name not in NOTEBOOKS:
         return ""
     return "\n".join(cell.source for cell in nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4).cells if cell.cell_type == kind)
+
+
+def test_no_page_has_a_script_or_asks_elsewhere():
+    """The API reference's too, which are pdoc's."""
+    pages = {path: path.read_text(encoding="utf-8") for path in SITE.rglob("*.html")}
+    assert SITE / "api" / "mythos_core" / "certificate.html" in pages
+    asking = re.compile(r"<script|src=\"http|@import|url\(http")
+    assert [path for path, page in pages.items() if asking.search(page)] == []
+
+
+def test_every_page_of_docs_is_on_the_site():
+    assert sorted(DOCS) == sorted(path.stem for path in (ROOT / "docs").glob("*.md"))
 
 
 def test_it_loads_and_nothing_is_wrong(seen):
