@@ -120,15 +120,10 @@ class Machine:
             strings: of `groups.draw_letters`, or "covering": a third uniform, a third mixed, and a
                 third that begin with a shortest way to a state drawn at random and are uniform from
                 there, so that moves from states that random strings hardly come to are met. Or
-                "touring": a third uniform, a third `tours`, and a third that keep to the
-                `open_letters`, so that a trap does not end what is met.
+                "touring": `tours`, for machines whose random strings end in a trap.
         """
         if strings == "touring":
-            walks = torch.stack([draw_letters(self.letters, batch, seq_len, generator),
-                                 self.tours(batch, seq_len, generator),
-                                 self.stay_open(batch, seq_len, generator)])
-            kind = torch.randint(3, (batch,), generator=generator)
-            ids = (walks[kind, torch.arange(batch)] + 1).to(device)
+            ids = (self.tours(batch, seq_len, generator) + 1).to(device)
             return ids, self.answers(ids)
         if strings != "covering":
             ids = (draw_letters(self.letters, batch, seq_len, generator, strings) + 1).to(device)
@@ -164,43 +159,49 @@ class Machine:
         return all(len(column.unique()) == len(self) for column in self.next_state.T)
 
     @cached_property
-    def distance(self) -> Int[Tensor, "states states"]:
-        """Letters of a shortest string from a state to a state; `states` where there is none."""
-        n, far = len(self), torch.full((len(self), len(self)), len(self))
-        far.fill_diagonal_(0)
+    def open_letters(self) -> Bool[Tensor, "states letters"]:
+        """The letters that leave the most states within reach: those that keep out of traps."""
+        every = torch.ones_like(self.next_state, dtype=torch.bool)
+        left = (self.distance(every) < len(self)).sum(1)[self.next_state]
+        return left == left.amax(1, keepdim=True)
+
+    def distance(self, allowed: Bool[Tensor, "states letters"]) -> Int[Tensor, "states states"]:
+        """Letters of a shortest string of `allowed` ones from a state to a state; as many as there
+        are states where there is none."""
+        n = len(self)
+        far = torch.full((n, n), n).fill_diagonal_(0)
         for _ in range(n):
-            nearer = torch.minimum(far, far[self.next_state].amin(1) + 1)
+            onward = (far[self.next_state] + 1).masked_fill(~allowed[:, :, None], n)
+            nearer = torch.minimum(far, onward.amin(1))
             if torch.equal(nearer, far):
                 break
             far = nearer
-        return far.clamp(max=n)
+        return far
 
     @cached_property
-    def open_letters(self) -> Bool[Tensor, "states letters"]:
-        """The letters that leave the most states within reach: those that keep out of traps."""
-        left = (self.distance < len(self)).sum(1)[self.next_state]
-        return left == left.amax(1, keepdim=True)
-
-    def stay_open(self, batch: int, seq_len: int, generator=None) -> Int[Tensor, "batch seq"]:
-        """Strings of open letters, each as likely."""
-        state, letters, weights = torch.full((batch,), self.start), [], self.open_letters.float()
-        for _ in range(seq_len):
-            letters.append(torch.multinomial(weights[state], 1, generator=generator)[:, 0])
-            state = self.next_state[state, letters[-1]]
-        return torch.stack(letters, 1)
+    def _way(self) -> tuple[Tensor, Tensor]:
+        """The first open letter of a shortest way from a state to a state (states, states); and
+        which states are within reach (states, states), as weights."""
+        far = self.distance(self.open_letters)
+        onward = far[self.next_state].masked_fill(~self.open_letters[:, :, None], len(self))
+        return onward.argmin(1), (far < len(self)).float()
 
     def tours(self, batch: int, seq_len: int, generator=None) -> Int[Tensor, "batch seq"]:
-        """Strings that go a shortest way to a move drawn at random among those within reach, take
-        it, and go on to another: so that all moves are as common as the machine lets them be."""
-        far, letters = self.distance, []
-        near = (far < len(self)).float()                         # states within reach of each
-        state = torch.full((batch,), self.start)
+        """Strings that keep to the open letters up to a position drawn for each, and are uniform
+        from there. In half of them the first part goes a shortest way to a move drawn at random,
+        takes it, and goes on to another, so that all moves are as common as can be; in the others
+        each open letter is as likely."""
+        (way, near), weights = self._way, self.open_letters.float()
+        touring = torch.rand(batch, generator=generator) < 0.5
+        cut = torch.randint(seq_len + 1, (batch,), generator=generator)
+        state, letters = torch.full((batch,), self.start), []
         target = torch.multinomial(near[state], 1, generator=generator)[:, 0]
-        for _ in range(seq_len):
-            any_letter = torch.randint(self.letters, (batch,), generator=generator)
-            onward = far[self.next_state[state], target[:, None]].argmin(1)
+        for position in range(seq_len):
+            step = torch.multinomial(weights[state], 1, generator=generator)[:, 0]
             there = state == target
-            letters.append(torch.where(there, any_letter, onward))
+            step = torch.where(touring & ~there, way[state, target], step)
+            any_letter = torch.randint(self.letters, (batch,), generator=generator)
+            letters.append(torch.where(position < cut, step, any_letter))
             state = self.next_state[state, letters[-1]]
             fresh = torch.multinomial(near[state], 1, generator=generator)[:, 0]
             target = torch.where(there, fresh, target)
