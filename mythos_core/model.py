@@ -14,7 +14,7 @@ from torch import Tensor
 from mythos_core.attention import Context
 from mythos_core.cache import KVCache
 from mythos_core.config import MythosConfig
-from mythos_core.layers import NORM_EPS, RMSNorm
+from mythos_core.layers import NORM_EPS, RMSNorm, known
 from mythos_core.loop import Observer, RecurrentBlock, TransformerBlock
 
 PRETRAINED = Path(__file__).parent / "pretrained"
@@ -96,7 +96,8 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
         return Context.of(self.config, *ids.shape, kv_cache, like=self.embed.weight)
 
     def encode(self, ids: Int[Tensor, "batch seq"], ctx: Context) -> Float[Tensor, "batch seq dim"]:
-        """e = prelude(embed(ids))."""
+        """e = prelude(embed(ids)), with which a pass begins."""
+        self.recurrent.block.ffn.begin()
         x = self.embed(ids)
         for i, block in enumerate(self.prelude):
             x, _ = block(x, ctx, f"prelude.{i}")
@@ -149,7 +150,7 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
         _require(isinstance(n_loops, int) and n_loops >= 1, "n_loops", n_loops, "an integer, at least 1")
         _require(ids.dim() == 2 and ids.numel() > 0, "ids.shape", tuple(ids.shape), "(batch, seq), neither of them 0")
         _require(ids.dtype == torch.int64, "ids.dtype", ids.dtype, "torch.int64")
-        low, high = (int(x) for x in ids.aminmax())
+        low, high = known(lambda: [int(x) for x in ids.aminmax()]) or (0, 0)
         _require(low >= 0 and high < vocab, "ids", f"tokens {low} .. {high}", f"in 0 .. vocab_size - 1 = {vocab - 1}")
         self._check_length("sequence length", start + ids.shape[1])
         if kv_cache is not None:

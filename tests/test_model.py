@@ -1,8 +1,11 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 
 import pytest
+import several
 import torch
 from conftest import tiny
 from hypothesis import given, settings
@@ -13,6 +16,11 @@ from mythos_core.config import VARIANTS, parity_config, tutorial_config
 from mythos_core.model import _sample, shipped
 
 IDS = torch.randint(0, 17, (2, 10), generator=torch.Generator().manual_seed(3))
+
+
+TRACED = pytest.mark.parametrize("attn, changes", [
+    ("gqa", {}), ("mla", dict(halting="none")), ("gqa", dict(n_experts=64, window=4)),
+    ("gqa", dict(strict=True, halting="settled", loop_embedding=False, lora_rank=0, window=2))])
 
 
 def parameters(config):
@@ -84,6 +92,38 @@ def test_bad_input_is_refused_by_name(ids, n_loops, named):
 def test_generate_refuses_bad_arguments_by_name(changes, named):
     with pytest.raises(ValueError, match=named):
         OpenMythos(tiny()).generate(IDS, **{"max_new_tokens": 5, **changes})
+
+
+@TRACED
+def test_a_model_can_be_exported(attn, changes):
+    model = OpenMythos(tiny(attn, **changes)).eval()
+    exported = torch.export.export(model, (IDS, 3)).module()
+    assert torch.allclose(exported(IDS, 3), model(IDS, 3), atol=1e-5)
+    assert torch.allclose(exported(IDS.flip(1), 3), model(IDS.flip(1), 3), atol=1e-5)
+
+
+def test_a_model_is_one_graph_to_the_compiler():
+    subprocess.run([sys.executable, several.__file__], check=True)
+
+
+@TRACED
+def test_gradients_of_each_string_alone_by_vmap(attn, changes):
+    model = OpenMythos(tiny(attn, **changes)).eval()
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+
+    def loss(weights, ids):
+        return torch.func.functional_call(model, weights, (ids[None], 3)).square().sum()
+    each = torch.vmap(torch.func.grad(loss), (None, 0))(weights, IDS)
+    for i, ids in enumerate(IDS):
+        alone = torch.func.grad(loss)(weights, ids)
+        assert all(torch.allclose(each[name][i], alone[name], rtol=1e-3, atol=1e-3)
+                   for name in weights)
+
+
+def test_on_the_meta_device_a_model_gives_shapes():
+    with torch.device("meta"):
+        model, ids = OpenMythos(tiny()).eval(), torch.zeros(2, 10, dtype=torch.int64)
+    assert model(ids, 3).shape == (2, 10, 17)
 
 
 @settings(deadline=None, max_examples=15)
