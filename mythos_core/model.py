@@ -1,13 +1,11 @@
 """OpenMythos: prelude, looped block, coda; generation; weights in and out."""
-import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
 import torch
 import torch.nn as nn
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -16,8 +14,11 @@ from mythos_core.cache import KVCache
 from mythos_core.config import MythosConfig
 from mythos_core.layers import NORM_EPS, RMSNorm, known
 from mythos_core.loop import Observer, RecurrentBlock, TransformerBlock
+from mythos_core.weights import PRETRAINED, load_weights, read_config, shipped
 
-PRETRAINED = Path(__file__).parent / "pretrained"
+FILES = ["config.json", "model.safetensors"]
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 PIECE = 8  # positions of a strict model that are looped together behind a cache, unless n_loops says it:
 #            loops grow with them, and passes of prelude and coda become fewer
 SLOWLY = 100  # loops a position, at most, in which a strict model with the carry comes near enough to rest
@@ -161,8 +162,10 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
         _require(most is None or length <= most, name, length, f"at most max_seq_len = {most}")
 
     @classmethod
-    def from_pretrained(cls, name_or_dir, *, map_location="cpu", **hub) -> "OpenMythos":
-        """A model in eval mode: one that ships with the package (by name), `save_pretrained`'s directory, or a hub id.
+    def from_pretrained(cls, name_or_dir: str | Path, *, map_location="cpu",
+                        **hub) -> "OpenMythos":
+        """A model in eval mode: one that ships with the package (by name), `save_pretrained`'s
+        directory, or a hub id. A Path is always a directory.
 
         Args:
             map_location: device to load to.
@@ -170,40 +173,25 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
 
         Raises:
             ValueError: for a name that is none of these.
-            FileNotFoundError, OSError: naming the file that is missing or damaged, and what is wrong with it.
+            TypeError: naming an option that there is not, or that has no meaning here.
+            FileNotFoundError, OSError: naming the file that is missing or damaged, and what is
+                wrong with it.
         """
-        path = PRETRAINED / name_or_dir if str(name_or_dir) in shipped() else Path(name_or_dir)
-        if path.is_dir():
-            return cls._load(path, map_location)
-        if str(name_or_dir).count("/") != 1 or path.is_absolute():
-            raise ValueError(f"name_or_dir = {str(name_or_dir)!r}: must be a directory, a hub id 'owner/name', or one of {shipped()}")
-        return super().from_pretrained(str(name_or_dir), map_location=map_location, strict=True, **hub)
-
-    @classmethod
-    def _load(cls, folder: Path, map_location) -> "OpenMythos":
-        model, file = cls(read_config(folder / "config.json")), folder / "model.safetensors"
-        try:
-            safetensors.torch.load_model(model, file, device=str(map_location))
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{file}: missing; a model directory holds config.json and model.safetensors") from None
-        except (safetensors.SafetensorError, RuntimeError) as error:
-            raise OSError(f"{file}: damaged, or not the weights of its config.json: {error}") from error
-        return model.to(map_location).eval()
-
-
-def read_config(file: Path) -> MythosConfig:
-    """The MythosConfig in a config.json; keys that are not fields (provenance) are left out."""
-    try:
-        return MythosConfig(**{k: v for k, v in json.loads(file.read_text()).items() if k in MythosConfig.__dataclass_fields__})
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file}: missing; a model directory holds config.json and model.safetensors") from None
-    except (json.JSONDecodeError, ValueError, AttributeError) as error:
-        raise OSError(f"{file}: not a model configuration: {error}") from error
-
-
-def shipped() -> list[str]:
-    """Names of the models that come with the package."""
-    return sorted(path.parent.name for path in PRETRAINED.glob("*/model.safetensors"))
+        by_name = isinstance(name_or_dir, str) and name_or_dir in shipped()
+        folder = PRETRAINED / name_or_dir if by_name else Path(name_or_dir)
+        is_hub_id = isinstance(name_or_dir, str) and HUB_ID.fullmatch(name_or_dir)
+        allowed = HUB_OPTIONS if is_hub_id and not folder.is_dir() else ()
+        for option in hub:
+            if option not in allowed:
+                raise TypeError(f"from_pretrained({str(name_or_dir)!r}) has no option {option!r}: "
+                                f"map_location, and for a hub id {', '.join(HUB_OPTIONS)}; "
+                                "the model's .to(...) changes its dtype")
+        if not folder.is_dir():
+            _require(is_hub_id, "name_or_dir", repr(str(name_or_dir)),
+                     f"a directory, a hub id 'owner/name', or one of {shipped()}")
+            folder = Path(snapshot_download(name_or_dir, allow_patterns=FILES, **hub))
+        config = read_config(folder / "config.json")
+        return load_weights(cls, config, folder / "model.safetensors").to(map_location).eval()
 
 
 def _require(holds, name, value, rule):
