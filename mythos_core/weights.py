@@ -59,7 +59,8 @@ def load_weights(make: type[nn.Module], config: MythosConfig, file: Path) -> nn.
         _require_finite(model)
     except (safetensors.SafetensorError, RuntimeError, ValueError, TypeError) as error:
         reason = str(error).partition("\n")[0]   # torch's own go on with where in its source
-        raise OSError(f"{file}: damaged, or not the weights of its config.json: {reason}") from error
+        raise OSError(f"{file}: damaged, or not the weights of its config.json: "
+                      f"{reason}") from error
     return model
 
 
@@ -80,7 +81,7 @@ def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 def _compare(make, config: MythosConfig, header):
     """ValueError unless the header is that of the model that `config` describes."""
-    for field, start in COUNTED.items():         # first: a million layers take long without values too
+    for field, start in COUNTED.items():         # first: on "meta" too a million takes long
         found = {name[len(start):].split(".")[0] for name in header if name.startswith(start)}
         if len(found) != getattr(config, field):
             raise ValueError(f"it has {field} = {len(found)}, not {getattr(config, field)}")
