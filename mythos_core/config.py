@@ -197,4 +197,4 @@ def parity_config(**changes) -> MythosConfig:
 #: The variants that open-mythos 0.5.0 publishes, by name, from published.json, which has what
 #: differs from the defaults. For counting: nobody has released weights for them.
 VARIANTS = {name: MythosConfig(**values) for name, values in json.loads(
-    (Path(__file__).parent / "published.json").read_text()).items()}
+    (Path(__file__).parent / "published.json").read_text(encoding="utf-8")).items()}

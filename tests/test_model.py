@@ -177,21 +177,6 @@ def test_weights_come_back_as_saved(tmp_path):
     assert not [file for file in tmp_path.iterdir() if file.suffix in (".bin", ".pt", ".pkl", ".pth")]
 
 
-@pytest.mark.parametrize("damage, error, named", [
-    (lambda d: (d / "model.safetensors").unlink(), FileNotFoundError, "model.safetensors: missing"),
-    (lambda d: (d / "config.json").unlink(), FileNotFoundError, "config.json: missing"),
-    (lambda d: (d / "model.safetensors").write_bytes(b"not weights"), OSError, "model.safetensors: damaged"),
-    (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-100]), OSError, "model.safetensors: damaged"),
-    (lambda d: (d / "config.json").write_text("{"), OSError, "config.json: not a model configuration"),
-    (lambda d: (d / "config.json").write_text(json.dumps({"dim": -1})), OSError, "MythosConfig.dim = -1"),
-    (lambda d: (d / "config.json").write_text((d / "config.json").read_text().replace('"dim": 32', '"dim": 64')), OSError, "not the weights of its config")])
-def test_missing_or_damaged_files_are_named(tmp_path, damage, error, named):
-    OpenMythos(tiny()).save_pretrained(tmp_path)
-    damage(tmp_path)
-    with pytest.raises(error, match=named):
-        OpenMythos.from_pretrained(tmp_path)
-
-
 def test_an_unknown_name_lists_what_ships():
     with pytest.raises(ValueError, match="'parity-carrying', 'parity-extrapolating', 'parity-seed'"):
         OpenMythos.from_pretrained("parity-extrapolatin")
@@ -201,7 +186,8 @@ def test_shipped_models_say_where_they_come_from(tmp_path):
     from mythos_core.model import PRETRAINED
     assert {"parity-extrapolating", "parity-seed"} <= set(shipped())
     for name in shipped():
-        provenance = json.loads((PRETRAINED / name / "config.json").read_text())["provenance"]
+        config = (PRETRAINED / name / "config.json").read_text(encoding="utf-8")
+        provenance = json.loads(config)["provenance"]
         assert {"command", "commit", "seed", "metrics", "recipe"} <= set(provenance)
         assert name in provenance["command"]
     assert sum(file.stat().st_size for file in PRETRAINED.rglob("*")) < 4.5e6

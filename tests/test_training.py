@@ -187,15 +187,16 @@ def test_the_shipped_model_extrapolates(length, n_loops):
 
 @pytest.mark.parametrize("name", shipped())
 def test_the_shipped_models_reach_what_their_provenance_says(name):
-    metrics = json.loads((PRETRAINED / name / "config.json").read_text())["provenance"]["metrics"]
+    config = (PRETRAINED / name / "config.json").read_text(encoding="utf-8")
+    metrics = json.loads(config)["provenance"]["metrics"]
     assert held_out(OpenMythos.from_pretrained(name), get_recipe(name)) == pytest.approx(metrics["held_out"], abs=0.01)
 
 
 def test_command_line(tmp_path, capsys):
     main(["--recipe", "parity-carrying", "--seed", "5", "--steps", "3", "--out", str(tmp_path)])
     assert "seed 5: loss" in capsys.readouterr().out
-    assert json.loads((tmp_path / "config.json").read_text())["provenance"]["seed"] == 5
-    assert len(json.loads((tmp_path / "history.json").read_text())) == 3
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["provenance"]["seed"] == 5
+    assert len(json.loads((tmp_path / "history.json").read_text(encoding="utf-8"))) == 3
     with pytest.raises(SystemExit) as stop:
         main(["--recipe", "none", "--out", str(tmp_path)])
     assert stop.value.code == 2 and "must be one of" in capsys.readouterr().err
@@ -253,8 +254,8 @@ def test_a_machines_training_ends_when_it_is_proved_for_real(proved):
     assert all("proved" not in row for row in run.history[begin:-1])        # nothing is tried while the rate falls
     again = OpenMythos.from_pretrained(out)
     assert certify(again, machine("parity")).proved
-    assert json.loads((out / "certificate.json").read_text()) == run.certificate.summary()
-    about = json.loads((out / "config.json").read_text())["provenance"]
+    assert json.loads((out / "certificate.json").read_text(encoding="utf-8")) == run.certificate.summary()
+    about = json.loads((out / "config.json").read_text(encoding="utf-8"))["provenance"]
     assert about["metrics"]["steps"] == end and Machine.from_table([[0, 1], [1, 0]]) == machine("parity")
 
 

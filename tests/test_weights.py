@@ -55,9 +55,9 @@ def folder(tmp_path) -> Path:
     (lambda d: change(d, coda_layers=0), "coda_layers = 1, not 0"),
     (lambda d: change(d, loop_norm=True), "lacks ['recurrent.loop_norm.weight']"),
     (lambda d: change(d, halting="none"), "has unknown ['recurrent.act.halt.bias'"),
-    (lambda d: (d / "config.json").write_text("{}", encoding="utf-8"), "prelude_layers = 1, not 2"),
-    (lambda d: (d / "config.json").write_text("[1, 2]", encoding="utf-8"), "config.json"),
-    (lambda d: (d / "config.json").write_text("[" * 10 ** 5, encoding="utf-8"), "config.json"),
+    (lambda d: (d / "config.json").write_bytes(b"{}"), "prelude_layers = 1, not 2"),
+    (lambda d: (d / "config.json").write_bytes(b"[1, 2]"), "config.json"),
+    (lambda d: (d / "config.json").write_bytes(b"[" * 10 ** 5), "config.json"),
     (lambda d: (d / "config.json").write_bytes(b'{"dim": "\xff"}'), "config.json"),
     (lambda d: replaced(d, "config.json", os.mkdir), "config.json: not a regular file"),
     (lambda d: with_number(d, torch.nan), "norm.weight has numbers that are not finite"),
@@ -65,6 +65,12 @@ def folder(tmp_path) -> Path:
     (lambda d: rewrite(d, lambda w: w.update({k: x.long() for k, x in w.items()})),
      "is of dtype I64"),
     (lambda d: rewrite(d, dict.clear), "prelude_layers = 0"),
+    (lambda d: (d / "config.json").write_bytes(b"{"), "config.json: not a model configuration"),
+    (lambda d: change(d, dim=-1), "MythosConfig.dim = -1"),
+    (lambda d: change(d, dim=64), "not the weights of its config"),
+    (lambda d: (d / "model.safetensors").write_bytes(b"not weights"), "model.safetensors: damaged"),
+    (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-100]),
+     "model.safetensors: damaged"),
 ])
 def test_a_folder_that_is_no_models_is_refused_at_once_by_file(folder, damage, named):
     damage(folder)
@@ -73,6 +79,13 @@ def test_a_folder_that_is_no_models_is_refused_at_once_by_file(folder, damage, n
         OpenMythos.from_pretrained(folder)
     assert named in str(refusal.value) and str(folder) in str(refusal.value)
     assert time.perf_counter() - begun < 5
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{name}: missing"):
+        OpenMythos.from_pretrained(folder)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes, which Windows has not")
