@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def lines(file):
-    return [line.strip() for line in (ROOT / file).read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    return [line.strip() for line in (ROOT / file).read_text(encoding="utf-8").splitlines() if line.strip() and not line.lstrip().startswith("#")]
 
 
 def name(requirement):
@@ -35,7 +35,7 @@ def test_every_requirement_is_pinned_above_its_floor():
 
 
 def test_the_package_asks_for_a_part_of_requirements_txt():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert {*project["dependencies"], *project["optional-dependencies"]["cluster"]} <= set(lines("requirements.txt"))
     assert project["requires-python"] == ">=3.10"
 
@@ -43,7 +43,7 @@ def test_the_package_asks_for_a_part_of_requirements_txt():
 def test_the_core_stays_thin():
     functions = []
     for file in (ROOT / "mythos_core").glob("*.py"):
-        tree, text = ast.parse(file.read_text()), file.read_text().splitlines()
+        tree, text = ast.parse(file.read_text(encoding="utf-8")), file.read_text(encoding="utf-8").splitlines()
         docs = set()
         for node in ast.walk(tree):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
@@ -57,5 +57,5 @@ def test_imports_run_one_way():
     order = ["config", "layers", "cache", "attention", "moe", "halting", "loop", "weights", "model", "interop", "groups", "parity", "machines",
              "recipes", "certificate", "checkpoint", "training", "probes", "study", "figures", "batch"]
     for position, module in enumerate(order):
-        found = re.findall(r"from mythos_core\.(\w+) import", (ROOT / "mythos_core" / f"{module}.py").read_text())
+        found = re.findall(r"from mythos_core\.(\w+) import", (ROOT / "mythos_core" / f"{module}.py").read_text(encoding="utf-8"))
         assert all(order.index(other) < position for other in found), module

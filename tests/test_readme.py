@@ -10,11 +10,11 @@ from mythos_core import study
 from mythos_core.model import PRETRAINED
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def figure(name):
-    return json.loads((ROOT / "figures" / f"{name}.json").read_text())
+    return json.loads((ROOT / "figures" / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def percent(share):
@@ -39,13 +39,13 @@ def reached():
 
 def certificates():
     """Contexts of each shipped proof, by machine."""
-    kept = {name: json.loads((PRETRAINED / f"state-{name}" / "certificate.json").read_text()) for name in ("Z5", "S3", "A5", "S5")}
+    kept = {name: json.loads((PRETRAINED / f"state-{name}" / "certificate.json").read_text(encoding="utf-8")) for name in ("Z5", "S3", "A5", "S5")}
     assert all(proof["proved"] for proof in kept.values())
     return "Z5, S3, A5 and S5 proved for every length by {}, {}, {} and {} contexts".format(*(proof["contexts"] for proof in kept.values()))
 
 
 def by_hand():
-    proof = json.loads((PRETRAINED / "parity-extrapolating" / "certificate.json").read_text())
+    proof = json.loads((PRETRAINED / "parity-extrapolating" / "certificate.json").read_text(encoding="utf-8"))
     assert proof["proved"]
     return f"every string of every length, by {proof['contexts']} contexts"
 
@@ -131,7 +131,7 @@ def test_bounds_in_prose_hold():
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
         assert (ROOT / target).exists(), target
-    repository = re.search(r'Repository = "https://github.com/(.*?)"', (ROOT / "pyproject.toml").read_text()).group(1)
+    repository = re.search(r'Repository = "https://github.com/(.*?)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8")).group(1)
     for name in re.findall(r"\(notebooks/(\w+)\.ipynb\)", README):
         assert f"colab.research.google.com/github/{repository}/blob/main/notebooks/{name}.ipynb" in README
 
@@ -143,6 +143,6 @@ def test_the_code_in_the_readme_runs(capsys):
 
 
 def test_commands_in_the_readme_exist():
-    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
     assert set(re.findall(r"(?:^|`)make (\w+)", README, re.M)) <= set(targets)
-    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")

@@ -17,8 +17,9 @@ from traitlets.config import Config
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-README = (ROOT / "README.md").read_text()
-REPOSITORY = re.search(r'Repository = "(.*?)"', (ROOT / "pyproject.toml").read_text()).group(1)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+REPOSITORY = re.search(r'Repository = "(.*?)"', PROJECT).group(1)
 
 
 class Renderer(IPythonRenderer):
@@ -50,7 +51,8 @@ def name_pictures(notebook):
         pictures += [output for output in cell.get("outputs", []) if "image/png" in output.get("data", {}) and "image/png" not in output.metadata]
         if pictures and (saved := re.search(r'figures\.save\(\s*\w+,\s*"(\w+)"', cell.source)):
             for picture in pictures:
-                picture.metadata["image/png"] = {"alt": json.loads((ROOT / "figures" / f"{saved[1]}.json").read_text())["alt"]}
+                about = (ROOT / "figures" / f"{saved[1]}.json").read_text(encoding="utf-8")
+                picture.metadata["image/png"] = {"alt": json.loads(about)["alt"]}
             pictures[-1].metadata["filenames"] = {"image/png": f"figures/{saved[1]}.png"}
             pictures = []
 
@@ -83,7 +85,7 @@ def main(out):
         notebook = notebooks[page["name"]]
         name_pictures(notebook)
         html, _ = exporter.from_notebook_node(notebook, {"site": pages[0], "page": page, "before": before, "after": after, "repository": REPOSITORY})
-        (out / f"{page['name']}.html").write_text(html)
+        (out / f"{page['name']}.html").write_text(html, encoding="utf-8")
     print(f"{len(pages)} pages in {out}, {sum(path.stat().st_size for path in out.rglob('*') if path.is_file()) / 2**20:.1f} MB")
 
 
