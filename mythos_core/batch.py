@@ -76,7 +76,7 @@ def _values(entry: str, text: str) -> list:
     if numbers := re.fullmatch(r"(-?\d+):(-?\d+)", text):
         return list(range(int(numbers[1]), int(numbers[2])))
     if file := re.fullmatch(r"@(.+?\.json):(.+)", text):
-        values = json.loads(Path(file[1]).read_text())
+        values = json.loads(Path(file[1]).read_text(encoding="utf-8"))
         for key in file[2].split("."):
             if not isinstance(values, dict) or key not in values:
                 raise ValueError(f"--grid {entry!r}: {key!r} is not in the file")
@@ -182,7 +182,7 @@ def _execute(job: Job, folder: Path) -> tuple[Exception | None, float | None]:
 
     KERNELS[job.folder] = None
     try:
-        with open(folder / "stdout.txt", "w") as stdout, open(folder / "log.txt", "wb") as log:
+        with open(folder / "stdout.txt", "w", encoding="utf-8") as stdout, open(folder / "log.txt", "wb") as log:
             papermill.execute_notebook(str(job.notebook), str(folder / "notebook.ipynb"), job.about["parameters"], cwd=str(job.notebook.parent),
                                        stdout_file=stdout, kernel_name="python3", kernel_manager_class=Kernel, progress_bar=False)
     except Exception as error:                                   # what a cell raised, or a kernel that died
@@ -198,7 +198,7 @@ def _execute(job: Job, folder: Path) -> tuple[Exception | None, float | None]:
 def peak_mb(pid: int) -> float:
     """Most memory that a process has held; where the system does not say, what it holds now."""
     with suppress(OSError):
-        return int(re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())[1]) / 2 ** 10
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(encoding="utf-8"))[1]) / 2 ** 10
     return psutil.Process(pid).memory_info().rss / 2 ** 20
 
 
@@ -210,7 +210,7 @@ def keep(job: Job, partial: Path, error: Exception | None, **measured) -> dict:
     declared = {k: v for cell in cells for output in cell.get("outputs", []) for k, v in output.get("data", {}).get(MIME, {}).items()}
     result = {"status": "failed" if error else "passed", "error": said, "results": declared, "claims": count_claims(cells), **measured, **job.about,
               "versions": {"python": platform.python_version(), "torch": version("torch"), "numpy": version("numpy")}}
-    (partial / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    (partial / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(job.folder, ignore_errors=True)
     os.replace(partial, job.folder)
     return result
@@ -241,7 +241,7 @@ def sweep(out: Path):
 def read(folder: Path) -> dict:
     """A run's result; of status "unreadable" if there is none, or not a whole one."""
     try:
-        result = json.loads((folder / "result.json").read_text())
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         return {"run": folder.name, **{name: result[name] for name in FIELDS}}
     except (OSError, ValueError, TypeError, KeyError) as error:
         return {"run": folder.name, "status": "unreadable", "error": f"no whole result.json: {error!r}", "fingerprint": {}}
@@ -336,7 +336,7 @@ def finish(client, out: Path):
 def report(out: Path):
     """Table, summary and index of the runs in a folder, by the notebook beside this module."""
     error, _ = _execute(Job(CORE / "report.ipynb", out, 0, {"parameters": {"out": str(out)}}), out)
-    print((out / "stdout.txt").read_text() + (f"no report: {error}" if error else f"report in {out / 'index.html'}"))
+    print((out / "stdout.txt").read_text(encoding="utf-8") + (f"no report: {error}" if error else f"report in {out / 'index.html'}"))
 
 
 def publish(job: Job):

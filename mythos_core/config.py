@@ -1,10 +1,32 @@
 """MythosConfig: everything that decides what a model computes, checked when it is made."""
 import json
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 ATTENTION = ("gqa", "mla")
 HALTING = ("act", "act_remainder", "settled", "none")
+
+#: What a field must be whatever the others are: whether a value is allowed, and the rule in words.
+RULES = {
+    **dict.fromkeys(
+        ["vocab_size", "dim", "n_heads", "n_kv_heads", "max_loop_iters", "kv_lora_rank",
+         "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "n_experts",
+         "n_experts_per_tok", "expert_dim", "max_output_tokens", "shift_growth", "min_loops",
+         "stride"],
+        (lambda x: x >= 1, "at least 1")),
+    **dict.fromkeys(
+        ["prelude_layers", "coda_layers", "n_shared_experts", "lora_rank", "codes",
+         "loop_noise", "start_noise", "balance_loss", "balance_rate"],
+        (lambda x: x >= 0, "0 or more")),
+    **dict.fromkeys(["max_seq_len", "window"],
+                    (lambda x: x is None or x >= 1, "None or at least 1")),
+    **dict.fromkeys(["rope_theta", "init_std"], (lambda x: x > 0, "above 0")),
+    "attn_type": (lambda x: x in ATTENTION, f"one of {ATTENTION}"),
+    "halting": (lambda x: x in HALTING, f"one of {HALTING}"),
+    "act_threshold": (lambda x: 0 < x <= 1, "in (0, 1]"),
+    "dropout": (lambda x: 0 <= x < 1, "in [0, 1)"),
+}
 
 
 @dataclass(frozen=True)
@@ -91,42 +113,30 @@ class MythosConfig:
     def __post_init__(self):
         for field in fields(self):
             self._check_type(field.name, field.type)
-        for name in ("vocab_size", "dim", "n_heads", "n_kv_heads", "max_loop_iters", "kv_lora_rank",
-                     "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim",
-                     "n_experts", "n_experts_per_tok", "expert_dim", "max_output_tokens",
-                     "shift_growth", "min_loops", "stride"):
-            self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("prelude_layers", "coda_layers", "n_shared_experts", "lora_rank", "codes",
-                     "loop_noise", "start_noise", "balance_loss", "balance_rate"):
-            self._require(name, getattr(self, name) >= 0, "0 or more")
-        self._require("attn_type", self.attn_type in ATTENTION, f"one of {ATTENTION}")
-        self._require("halting", self.halting in HALTING, f"one of {HALTING}")
+        for name, (holds, rule) in RULES.items():
+            self._require(name, holds(getattr(self, name)), rule)
         self._require("n_experts_per_tok", self.n_experts_per_tok <= self.n_experts,
                       f"at most n_experts = {self.n_experts}")
-        self._require("act_threshold", 0 < self.act_threshold <= 1, "in (0, 1]")
-        self._require("dropout", 0 <= self.dropout < 1, "in [0, 1)")
-        self._require("rope_theta", self.rope_theta > 0, "above 0")
-        self._require("init_std", self.init_std > 0, "above 0")
         self._require("max_seq_len", self.max_seq_len is not None or not self.rope,
                       "a number unless rope = False")
-        self._require("max_seq_len", self.max_seq_len is None or self.max_seq_len >= 1,
-                      "None or at least 1")
-        self._check_strict()
-        self._require("window", self.window is None or self.window >= 1, "None or at least 1")
         self._require("dim", not self.token_shift or self.dim % 2 == 0,
                       "even when token_shift is on")
         self._require("shift_growth", self.token_shift or self.shift_growth == 1,
                       "1 when token_shift is off")
-        if self.attn_type == "gqa":
-            self._require("dim", self.dim % self.n_heads == 0,
-                          f"a multiple of n_heads = {self.n_heads}")
-            self._require("n_heads", self.n_heads % self.n_kv_heads == 0,
-                          f"a multiple of n_kv_heads = {self.n_kv_heads}")
-            self._require("dim", not self.rope or self.rope_dim % 2 == 0,
-                          f"an even number times n_heads = {self.n_heads}, so that RoPE has pairs")
-        else:
+        self._check_strict()
+        self._check_heads()
+
+    def _check_heads(self):
+        if self.attn_type == "mla":
             self._require("qk_rope_head_dim", self.qk_rope_head_dim % 2 == 0,
                           "even, so that RoPE has pairs")
+            return
+        self._require("dim", self.dim % self.n_heads == 0,
+                      f"a multiple of n_heads = {self.n_heads}")
+        self._require("n_heads", self.n_heads % self.n_kv_heads == 0,
+                      f"a multiple of n_kv_heads = {self.n_kv_heads}")
+        self._require("dim", not self.rope or self.rope_dim % 2 == 0,
+                      f"an even number times n_heads = {self.n_heads}, so that RoPE has pairs")
 
     def _check_strict(self):
         """What a strict loop promises holds if every loop is the same map, and reads
@@ -171,6 +181,7 @@ class MythosConfig:
         if isinstance(value, bool) != (kind is bool) or not isinstance(value, allowed):
             raise ValueError(f"MythosConfig.{name} = {value!r}: "
                              f"must be {getattr(kind, '__name__', kind)}")
+        self._require(name, not isinstance(value, float) or math.isfinite(value), "finite")
 
 
 def tutorial_config(attn_type: str, **changes) -> MythosConfig:
@@ -193,4 +204,4 @@ def parity_config(**changes) -> MythosConfig:
 #: The variants that open-mythos 0.5.0 publishes, by name, from published.json, which has what
 #: differs from the defaults. For counting: nobody has released weights for them.
 VARIANTS = {name: MythosConfig(**values) for name, values in json.loads(
-    (Path(__file__).parent / "published.json").read_text()).items()}
+    (Path(__file__).parent / "published.json").read_text(encoding="utf-8")).items()}

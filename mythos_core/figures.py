@@ -26,7 +26,8 @@ def save(fig, name: str, alt: str, **numbers) -> None:
     """Write NAME.png, and NAME.json with the alternative text and the numbers plotted (6 significant digits)."""
     folder().mkdir(parents=True, exist_ok=True)
     fig.savefig(folder() / f"{name}.png", metadata={"Software": None})
-    (folder() / f"{name}.json").write_text(json.dumps({"alt": alt, **_plain(numbers)}, indent=1) + "\n")
+    content = json.dumps({"alt": alt, **_plain(numbers)}, indent=1) + "\n"
+    (folder() / f"{name}.json").write_text(content, encoding="utf-8")
 
 
 def _plain(value):

@@ -1,11 +1,30 @@
 """The small parts: RMSNorm, rotary position embedding and the SwiGLU feed-forward."""
+from collections.abc import Callable
+
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from jaxtyping import Complex, Float
 from torch import Tensor
 
 NORM_EPS = 1e-6
+
+
+def known(ask: Callable):
+    """What `ask()` reads from tensors; None where they have no values to read: while torch.compile
+    or torch.export trace, in torch.vmap, and on the meta device."""
+    if torch.compiler.is_compiling():
+        return None
+    try:
+        return ask()
+    except RuntimeError:
+        return None
+
+
+def several_processes() -> bool:
+    """Whether this process is one of those of an initialised torch.distributed."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 class RMSNorm(nn.RMSNorm):

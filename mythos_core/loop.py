@@ -14,7 +14,7 @@ from torch import Tensor
 from mythos_core.attention import GQA, MLA, Context
 from mythos_core.config import MythosConfig
 from mythos_core.halting import ACTHalting, settled
-from mythos_core.layers import NORM_EPS, RMSNorm, SwiGLU
+from mythos_core.layers import NORM_EPS, RMSNorm, SwiGLU, known, several_processes
 from mythos_core.moe import MoE
 
 
@@ -267,16 +267,18 @@ class RecurrentBlock(nn.Module):
         """h_T, or with ACT the halting-weighted sum of h_1 .. h_T; (B, S, dim).
 
         Without a cache ACT's loop ends when every position has halted, which changes no output;
-        under `torch.compile` every loop runs, since one graph cannot ask for a value. With a cache
-        too: a later token may loop longer, and then reads what these positions left at every loop.
-        "settled" ends after the first loop that changes nothing, with a cache and without.
+        where values are not `known`, as under `torch.compile`, every loop runs. In one of several
+        processes too: sharded layers wait for each other, and would for ever if one process ended
+        earlier. And with a cache: a later token may loop longer, and then reads what these
+        positions left at every loop. "settled" ends after the first loop that changes nothing,
+        with a cache and without, under the same conditions.
         """
         if self.config.strict:
             return self._loop_strictly(e, n_loops, ctx, observer)
         h, weighted = self._start(e), torch.zeros_like(e)
         total, act = e.new_zeros(e.shape[:2], dtype=torch.float32), self.act
         step = partial(self.step, fixed=self.fixed(n_loops, e))
-        may_end = act is not None and ctx.cache is None and not torch.compiler.is_compiling()
+        may_end = act is not None and ctx.cache is None and not several_processes()
         for t in range(n_loops):
             h, expert_ids = step(h, e, t, ctx)
             output, p, weight = h, None, None
@@ -288,19 +290,19 @@ class RecurrentBlock(nn.Module):
                     weight = weight + left if t == n_loops - 1 else weight
             if observer is not None:
                 observer(LoopRecord(t, h, output, expert_ids, p, weight))
-            if may_end and bool((total >= act.threshold).all()):
+            if may_end and known((total >= act.threshold).all().item):
                 break
         return output
 
     def _loop_strictly(self, e, n_loops, ctx, observer):
         h, step = self._start(e), partial(self.step, fixed=self.fixed(0, e))
-        halts = self.config.halting == "settled" and not torch.compiler.is_compiling()
+        halts = self.config.halting == "settled" and not several_processes()
         for t in range(n_loops):
             old, (h, expert_ids) = h, step(h, e, t, ctx)
             still = settled(h, old, self.config.carry) if halts or observer is not None else None
             if observer is not None:
                 observer(LoopRecord(t, h, h, expert_ids, settled=still))
-            if halts and bool(still[:, -1].all()):
+            if halts and known(still[:, -1].all().item):
                 break
         # later positions read the states as they ended
         ctx.remember("loop", "state", h, keep=self.config.stride)

@@ -1,23 +1,24 @@
 """OpenMythos: prelude, looped block, coda; generation; weights in and out."""
-import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
 import torch
 import torch.nn as nn
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from mythos_core.attention import Context
 from mythos_core.cache import KVCache
 from mythos_core.config import MythosConfig
-from mythos_core.layers import NORM_EPS, RMSNorm
+from mythos_core.layers import NORM_EPS, RMSNorm, known
 from mythos_core.loop import Observer, RecurrentBlock, TransformerBlock
+from mythos_core.weights import PRETRAINED, load_weights, read_config, shipped
 
-PRETRAINED = Path(__file__).parent / "pretrained"
+FILES = ["config.json", "model.safetensors"]
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 PIECE = 8  # positions of a strict model that are looped together behind a cache, unless n_loops says it:
 #            loops grow with them, and passes of prelude and coda become fewer
 SLOWLY = 100  # loops a position, at most, in which a strict model with the carry comes near enough to rest
@@ -97,7 +98,8 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
         return Context.of(self.config, len(ids), ids.shape[1], kv_cache, like=self.embed.weight)
 
     def encode(self, ids: Int[Tensor, "batch seq"], ctx: Context) -> Float[Tensor, "batch seq dim"]:
-        """e = prelude(embed(ids))."""
+        """e = prelude(embed(ids)), with which a pass begins."""
+        self.recurrent.block.ffn.begin()
         x = self.embed(ids)
         for i, block in enumerate(self.prelude):
             x, _ = block(x, ctx, f"prelude.{i}")
@@ -150,7 +152,7 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
         _require(isinstance(n_loops, int) and n_loops >= 1, "n_loops", n_loops, "an integer, at least 1")
         _require(ids.dim() == 2 and ids.numel() > 0, "ids.shape", tuple(ids.shape), "(batch, seq), neither of them 0")
         _require(ids.dtype == torch.int64, "ids.dtype", ids.dtype, "torch.int64")
-        low, high = (int(x) for x in ids.aminmax())
+        low, high = known(lambda: [int(x) for x in ids.aminmax()]) or (0, 0)
         _require(low >= 0 and high < vocab, "ids", f"tokens {low} .. {high}", f"in 0 .. vocab_size - 1 = {vocab - 1}")
         self._check_length("sequence length", start + ids.shape[1])
         if kv_cache is not None:
@@ -162,8 +164,9 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # a name is not a keyword
-            cls, name_or_dir, *, map_location="cpu", **hub) -> "OpenMythos":
-        """A model in eval mode: one that ships with the package (by name), `save_pretrained`'s directory, or a hub id.
+            cls, name_or_dir: str | Path, *, map_location="cpu", **hub) -> "OpenMythos":
+        """A model in eval mode: one that ships with the package (by name), `save_pretrained`'s
+        directory, or a hub id. A Path is always a directory.
 
         Args:
             map_location: device to load to.
@@ -171,40 +174,25 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
 
         Raises:
             ValueError: for a name that is none of these.
-            FileNotFoundError, OSError: naming the file that is missing or damaged, and what is wrong with it.
+            TypeError: naming an option that there is not, or that has no meaning here.
+            FileNotFoundError, OSError: naming the file that is missing or damaged, and what is
+                wrong with it.
         """
-        path = PRETRAINED / name_or_dir if str(name_or_dir) in shipped() else Path(name_or_dir)
-        if path.is_dir():
-            return cls._load(path, map_location)
-        if str(name_or_dir).count("/") != 1 or path.is_absolute():
-            raise ValueError(f"name_or_dir = {str(name_or_dir)!r}: must be a directory, a hub id 'owner/name', or one of {shipped()}")
-        return super().from_pretrained(str(name_or_dir), map_location=map_location, strict=True, **hub)
-
-    @classmethod
-    def _load(cls, folder: Path, map_location) -> "OpenMythos":
-        model, file = cls(read_config(folder / "config.json")), folder / "model.safetensors"
-        try:
-            safetensors.torch.load_model(model, file, device=str(map_location))
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{file}: missing; a model directory holds config.json and model.safetensors") from None
-        except (safetensors.SafetensorError, RuntimeError) as error:
-            raise OSError(f"{file}: damaged, or not the weights of its config.json: {error}") from error
-        return model.to(map_location).eval()
-
-
-def read_config(file: Path) -> MythosConfig:
-    """The MythosConfig in a config.json; keys that are not fields (provenance) are left out."""
-    try:
-        return MythosConfig(**{k: v for k, v in json.loads(file.read_text()).items() if k in MythosConfig.__dataclass_fields__})
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file}: missing; a model directory holds config.json and model.safetensors") from None
-    except (json.JSONDecodeError, ValueError, AttributeError) as error:
-        raise OSError(f"{file}: not a model configuration: {error}") from error
-
-
-def shipped() -> list[str]:
-    """Names of the models that come with the package."""
-    return sorted(path.parent.name for path in PRETRAINED.glob("*/model.safetensors"))
+        by_name = isinstance(name_or_dir, str) and name_or_dir in shipped()
+        folder = PRETRAINED / name_or_dir if by_name else Path(name_or_dir)
+        is_hub_id = isinstance(name_or_dir, str) and HUB_ID.fullmatch(name_or_dir)
+        allowed = HUB_OPTIONS if is_hub_id and not folder.is_dir() else ()
+        for option in hub:
+            if option not in allowed:
+                raise TypeError(f"from_pretrained({str(name_or_dir)!r}) has no option {option!r}: "
+                                f"map_location, and for a hub id {', '.join(HUB_OPTIONS)}; "
+                                "the model's .to(...) changes its dtype")
+        if not folder.is_dir():
+            _require(is_hub_id, "name_or_dir", repr(str(name_or_dir)),
+                     f"a directory, a hub id 'owner/name', or one of {shipped()}")
+            folder = Path(snapshot_download(name_or_dir, allow_patterns=FILES, **hub))
+        config = read_config(folder / "config.json")
+        return load_weights(cls, config, folder / "model.safetensors").to(map_location).eval()
 
 
 def _require(holds, name, value, rule):

@@ -1,12 +1,13 @@
 """Mixture of experts: softmax router, top-k with renormalised gates, grouped SwiGLU experts, shared experts, load balance."""
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from mythos_core.config import MythosConfig
-from mythos_core.layers import SwiGLU
+from mythos_core.layers import SwiGLU, several_processes
 
 SORTING = 2_000_000  # products spent on experts that were not chosen, up to which computing all of them beats sorting the tokens
 
@@ -28,8 +29,12 @@ class MoE(nn.Module):
     Attributes:
         router_bias: (n_experts,) the bias, saved with the weights.
         load: (n_experts,) choices counted in training since the last `balance`; not saved.
-        imbalance: mean over the passes in training since then of n_experts * sum_i f_i P_i, the auxiliary loss of Fedus et al. 2022, with
-            f_i the share of choices that fall on expert i and P_i its mean softmax probability; 1 = even. 0.0 if config.balance_loss is 0.
+        imbalance: mean over the loops of the latest pass in training of n_experts * sum_i f_i P_i,
+            the auxiliary loss of Fedus et al. 2022, with f_i the share of choices that fall on
+            expert i and P_i its mean softmax probability; 1 = even. 0.0 if config.balance_loss
+            is 0, after `balance`, and in a copy.
+
+    Bias and load stay float32 in a model of any dtype: bfloat16 cannot count past 256.
     """
 
     def __init__(self, config: MythosConfig):
@@ -41,9 +46,23 @@ class MoE(nn.Module):
         self.shared = nn.ModuleList(SwiGLU(c.dim, c.n_experts_per_tok * c.expert_dim) for _ in range(c.n_shared_experts))
         self.router_bias: Tensor
         self.load: Tensor
-        self.register_buffer("router_bias", torch.zeros(c.n_experts))
-        self.register_buffer("load", torch.zeros(c.n_experts), persistent=False)
-        self._imbalances = []
+        for name, kept in (("router_bias", True), ("load", False)):
+            zeros = torch.zeros(c.n_experts, dtype=torch.float32)
+            self.register_buffer(name, zeros, persistent=kept)
+        self._imbalances = []                                    # with their graphs
+
+    def _apply(self, fn, recurse=True):
+        """As of any module, so that `to` moves the buffers; but it leaves their dtype."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            if self._buffers[name].dtype != old.dtype:
+                self._buffers[name] = old.to(self._buffers[name].device)
+        return self
+
+    def __getstate__(self):
+        """A copy or a pickle is without graphs, which could be neither."""
+        return {**self.__dict__, "_imbalances": []}
 
     def forward(self, x: Float[Tensor, "batch seq dim"]) -> tuple[Float[Tensor, "batch seq dim"], Int[Tensor, "batch seq k"]]:
         """The mixture and the experts chosen, each token's k in falling order of z + bias."""
@@ -62,11 +81,14 @@ class MoE(nn.Module):
 
     def _groups(self, x) -> bool:
         """Whether to sort the tokens by expert: where that is cheaper. Not for a strict model's answers: a token's place among those of
-        its expert, and with it the rounding, hangs on where the other tokens go, and "nothing changed" would never come."""
+        its expert, and with it the rounding, hangs on where the other tokens go, and "nothing changed" would never come.
+        Nor while a graph is traced, but of bfloat16: of the grouped product torch knows no other dtype's shape."""
         c = self.config
         idle = (c.n_experts - c.n_experts_per_tok) * c.expert_dim                           # channels; few cost less than copies of a token do
         cheaper = x.numel() * idle > SORTING and idle > 40 * c.n_experts_per_tok
-        return cheaper and x.dtype != torch.float64 and x.device.type in ("cpu", "cuda") and (self.training or not c.strict)
+        known = x.dtype == torch.bfloat16 or not torch.compiler.is_compiling()
+        known = known and x.dtype != torch.float64 and x.device.type in ("cpu", "cuda")
+        return cheaper and known and (self.training or not c.strict)
 
     def _dense(self, x, ids, gates):
         """Every expert on every token, the gates of those not chosen being 0: two large products."""
@@ -90,9 +112,20 @@ class MoE(nn.Module):
     def imbalance(self) -> Tensor | float:
         return torch.stack(self._imbalances).mean() if self._imbalances else 0.0
 
+    def begin(self):
+        """A pass of the model begins: let go of the one before it, with its graph."""
+        self._imbalances.clear()
+
     @torch.no_grad()
     def balance(self):
-        """bias_i += balance_rate * sign(mean load - load_i), then count anew."""
+        """bias_i += balance_rate * sign(mean load - load_i), then count anew.
+
+        Where torch.distributed is initialised the load is that of all processes, each of which has
+        to call this. Where a step has several passes, DistributedDataParallel needs
+        broadcast_buffers = False, or each pass starts from the first process's load.
+        """
+        if several_processes():
+            dist.all_reduce(self.load)
         self.router_bias += self.config.balance_rate * (self.load.mean() - self.load).sign()
         self.load.zero_()
         self._imbalances.clear()

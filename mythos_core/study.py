@@ -18,7 +18,7 @@ from mythos_core.recipes import Recipe, get_recipe
 from mythos_core.training import Run
 
 RESULTS = Path(__file__).parent / "results"
-_file = json.loads((RESULTS / "variants.json").read_text())
+_file = json.loads((RESULTS / "variants.json").read_text(encoding="utf-8"))
 #: From the article's recipe to the working one, one step after the other; each step keeps those before it.
 STEPS: dict[str, dict] = _file["steps"]
 #: What each variant changes in the recipe ("parity-carrying", or its "base"); "config." marks the model's own fields.
@@ -96,4 +96,5 @@ def accuracy_row(run: Run) -> dict:
 
 def load(file: Path) -> list[dict]:
     """The rows of a batch's results.json, in the order of `VARIANTS`, then of seeds."""
-    return sorted(json.loads(file.read_text()), key=lambda row: (list(VARIANTS).index(row["variant"]), row["seed"]))
+    rows = json.loads(file.read_text(encoding="utf-8"))
+    return sorted(rows, key=lambda row: (list(VARIANTS).index(row["variant"]), row["seed"]))

@@ -6,7 +6,6 @@ proved, if the recipe says what the model is to be.
 """
 import argparse
 import json
-import os
 import pickle
 import subprocess
 import time
@@ -22,6 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mythos_core.certificate import Certificate, certify
+from mythos_core.checkpoint import load, save, whole_steps
 from mythos_core.machines import Machine, machine
 from mythos_core.model import OpenMythos
 from mythos_core.recipes import RECIPES, Recipe, get_recipe, recipe_for
@@ -62,44 +62,60 @@ def train(recipe: Recipe | str, seed: int = 0, device=None, progress: bool = Tru
     uninterrupted one, bit for bit.
 
     Args:
-        out: folder for checkpoint.pt (every 100 steps, at Ctrl-C, at the end), and at the end for
-            the model, as `save_pretrained` writes it, history.json, and of a
+        out: folder for checkpoint.pt (every 100 steps, at Ctrl-C and SIGTERM, at the end), and at
+            the end for the model, as `save_pretrained` writes it, history.json, and of a
             proved model certificate.json.
         resume: go on from `out`'s checkpoint, if there is one.
 
     Raises:
         FloatingPointError: the loss is not finite; names the step, and
             the last good checkpoint stays.
+        KeyboardInterrupt: at Ctrl-C and SIGTERM, after the step that they came in.
         NotProved: the recipe's steps are over before the certificate holds; the checkpoint stays.
-        ValueError: unknown recipe, or a checkpoint of another recipe or seed.
+        OSError: naming a checkpoint that is damaged, or an `out` that cannot be a folder.
+        ValueError: unknown recipe or device, no steps, no seed, or a checkpoint of another
+            recipe or seed.
     """
     recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
+    _check(recipe, seed, device)
     checkpoint = Path(out) / "checkpoint.pt" if out else None
+    if out:
+        Path(out).mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         run = Run(recipe, seed, OpenMythos(recipe.config).to(device))
         optimizer = torch.optim.AdamW(run.model.parameters(), recipe.lr, recipe.betas,
                                       weight_decay=recipe.weight_decay, fused=True)
         if resume and checkpoint and checkpoint.exists():
-            _load(checkpoint, run, optimizer)
-        try:
-            _loop(run, optimizer, checkpoint, progress)
-        except KeyboardInterrupt:
-            if checkpoint:
-                _save(checkpoint, run, optimizer)
-            raise
+            load(checkpoint, run, optimizer)
+        with whole_steps(checkpoint) as stopped:
+            _loop(run, optimizer, checkpoint, progress, stopped)
     if out:
-        _save(checkpoint, run, optimizer)
+        save(checkpoint, run, optimizer)
     if recipe.machine is not None:
         _conclude(run)
     if out:
         run.model.save_pretrained(out, config={**vars(run.model.config),
                                                "provenance": provenance(run)})
-        Path(out, "history.json").write_text(json.dumps(run.history))
+        Path(out, "history.json").write_text(json.dumps(run.history), encoding="utf-8")
         if run.certificate:
             Path(out, "certificate.json").write_text(
-                json.dumps(run.certificate.summary(), indent=1) + "\n")
+                json.dumps(run.certificate.summary(), indent=1) + "\n", encoding="utf-8")
     return run
+
+
+def _check(recipe: Recipe, seed: int, device):
+    """ValueError for what no training could begin with, naming it."""
+    for name, value in {"steps": recipe.steps, "batch": recipe.batch}.items():
+        if value < 1:
+            raise ValueError(f"{name} = {value}: must be at least 1")
+    if not 0 <= seed < 2 ** 32:
+        raise ValueError(f"seed = {seed}: must be in 0 .. 2^32 - 1")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device = {device!r}: not one that can be used here: {reason}") from error
 
 
 def _conclude(run: Run):
@@ -146,7 +162,7 @@ def provenance(run: Run) -> dict:
             name: run.history[-1][name] for name in ("loss", "accuracy", "held_out")}}
 
 
-def _loop(run: Run, optimizer, checkpoint, progress):
+def _loop(run: Run, optimizer, checkpoint, progress, stopped):
     recipe, before = run.recipe, run.history[-1]["seconds"] if run.history else 0.0
     start, shown = time.perf_counter() - before, {}
     with tqdm(total=recipe.steps, initial=len(run.history), desc=f"{recipe.name} seed {run.seed}",
@@ -166,8 +182,10 @@ def _loop(run: Run, optimizer, checkpoint, progress):
             bar.set_postfix(loss=f"{row['loss']:.4f}", acc=f"{row['accuracy']:.2f}", **said,
                             refresh=False)
             bar.update()
-            if checkpoint and (step + 1) % SAVE_EVERY == 0:
-                _save(checkpoint, run, optimizer)
+            if checkpoint and (stopped or (step + 1) % SAVE_EVERY == 0):
+                save(checkpoint, run, optimizer)
+            if stopped:
+                raise KeyboardInterrupt
     run.model.eval()
 
 
@@ -336,29 +354,6 @@ def held_out(model: OpenMythos, recipe: Recipe, batch: int = 256) -> float:
     return (model.eval()(ids, n_loops).argmax(-1) == targets).all(1).float().mean().item()
 
 
-def _save(checkpoint: Path, run: Run, optimizer):
-    """Written beside, then renamed: a checkpoint is whole or not there."""
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"recipe": json.dumps(run.recipe.as_dict()), "seed": run.seed,
-                "history": run.history, "model": run.model.state_dict(),
-                "optimizer": optimizer.state_dict()}, checkpoint.with_suffix(".tmp"))
-    os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
-
-
-def _load(checkpoint: Path, run: Run, optimizer):
-    try:
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except Exception as error:                       # which, depends on where it is torn
-        raise OSError(f"{checkpoint}: damaged: {error}") from error
-    for name, value in {"recipe": json.dumps(run.recipe.as_dict()), "seed": run.seed}.items():
-        if saved[name] != value:
-            raise ValueError(f"{checkpoint} is of {name} {saved[name]}, not {value}: "
-                             "choose another folder, or do not resume")
-    run.model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
-    run.history = saved["history"]
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m mythos_core.training",
                                      description="Train a recipe from scratch.")
@@ -375,7 +370,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         recipe = get_recipe(args.recipe) if args.recipe else recipe_for(machine(args.machine))
-        recipe = replace(recipe, **({"steps": args.steps} if args.steps else {}))
+        recipe = replace(recipe, **({} if args.steps is None else {"steps": args.steps}))
         run = train(recipe, args.seed, args.device, out=args.out, resume=args.resume)
     except (ValueError, OSError, FloatingPointError, NotProved) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")

@@ -93,7 +93,9 @@ def stale(name: str, committed: Path, fresh: Path, here=True) -> list[str]:
     """What of a committed figure a fresh run does not bear out: its numbers, its picture."""
     if not (fresh / f"{name}.json").exists():
         return [f"{name}: not made"]
-    lines = differences(*(json.loads((folder / f"{name}.json").read_text()) for folder in (committed, fresh)), name, here)
+    pair = (json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+            for folder in (committed, fresh))
+    lines = differences(*pair, name, here)
     picture = compare_images(str(committed / f"{name}.png"), str(fresh / f"{name}.png"), tol=PICTURE) if here else None
     return lines + ([f"{name}.png: {picture}"] if picture else [])
 
@@ -107,7 +109,7 @@ class FiguresAsCommitted(pytest.Item):
 
     def runtest(self):
         committed, fresh = self.path.parent.parent / "figures", Path(os.environ["MYTHOS_FIGURES"])
-        made, now = (committed / "arithmetic.txt").read_text().strip(), arithmetic()
+        made, now = (committed / "arithmetic.txt").read_text(encoding="utf-8").strip(), arithmetic()
         if made != now:
             warnings.warn(f"figures were made with {made}; here is {now}: their numbers are not compared", stacklevel=1)
         lines = [line for name in figures_of(self.parent.nb) for line in stale(name, committed, fresh, made == now)]

@@ -26,7 +26,8 @@ def test_the_settings():
     assert next(iter(settings)) == "native" and not settings["native"]
     assert len({json.dumps(setting) for setting in settings.values()}) == len(settings)
     assert all(file.exists() for file in arithmetics.FILES)
-    (only,) = re.findall(r"test-arithmetics ONLY=(\S+)", (ROOT / ".ci" / "run").read_text())
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    (only,) = re.findall(r"test-arithmetics ONLY=(\S+)", script)
     assert settings[only]
 
 
@@ -59,7 +60,7 @@ def test_a_notebook_that_fails_under_another_arithmetic(untrained, tmp_path, cap
     nbformat.write(new_notebook(cells=cells), notebook)
     assert arithmetics.main(["--only", "aten-default", "--workers", "0", str(notebook)]) == 1
     assert table(capsys)["aten-default"] == "FAILED"
-    assert seen.read_text() == "default"
+    assert seen.read_text(encoding="utf-8") == "default"
 
 
 def test_an_unknown_setting_is_one_line(capsys):

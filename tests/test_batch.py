@@ -78,7 +78,7 @@ def test_parse_grid(tmp_path):
     assert parse_grid(["seed=-1:2"]) == [{"seed": s} for s in (-1, 0, 1)]
     assert parse_grid(["name='a, b','c'", "flag=True", "list=[1, 2],[]"]) == [{"name": n, "flag": True, "list": x} for n in ("a, b", "c") for x in ([1, 2], [])]
     file = tmp_path / "names.json"
-    file.write_text('{"here": {"list": ["x, y", "z"], "object": {"k": 1, "l": 2}}}')
+    file.write_text('{"here": {"list": ["x, y", "z"], "object": {"k": 1, "l": 2}}}', encoding="utf-8")
     assert parse_grid([f"a=@{file}:here.list", f"b=@{file}:here.object"]) == [{"a": a, "b": b} for a in ("x, y", "z") for b in "kl"]
     for bad in ("seed", "seed=", "=1", "seed=1,,2", "a b=1", "seed=3:3", "name='a, b',c", f"a=@{file}:here.nothing", f"a=@{file}:here.list.x"):
         with pytest.raises(ValueError, match=re.escape(f"--grid {bad!r}")):
@@ -135,12 +135,12 @@ def test_24_runs_on_two_workers_and_again(tmp_path, good, capsys, monkeypatch):
         seed, folder = run["parameters"]["seed"], out / run["run"]
         cells = nbformat.read(folder / "notebook.ipynb", 4).cells
         assert f"seed = {seed}\n" in "".join(cell.source for cell in cells)
-        assert "of the kernel" in (folder / "log.txt").read_text() and 10 < run["peak_mb"] < 2000 and 0 < run["seconds"] < 100
+        assert "of the kernel" in (folder / "log.txt").read_text(encoding="utf-8") and 10 < run["peak_mb"] < 2000 and 0 < run["seconds"] < 100
         assert set(run["versions"]) == {"python", "torch", "numpy"} and len(run["commit"]) == 40 and len(run["fingerprint"]) == 2
         if seed < 11:
             assert (run["status"], run["error"], run["claims"]) == ("passed", None, 2)
             assert run["results"] == {"score": seed / 2, "threads": "3", "trims": False, "whole": {"16": 1.0, "64": seed / 10}}
-            assert (folder / "stdout.txt").read_text().splitlines() == [f"PASS  seed {seed}", f"PASS  name {run['parameters']['name']}"]
+            assert (folder / "stdout.txt").read_text(encoding="utf-8").splitlines() == [f"PASS  seed {seed}", f"PASS  name {run['parameters']['name']}"]
         else:
             assert (run["status"], run["error"], run["claims"]) == ("failed", "AssertionError: too large", 0)
             (error,) = [o for cell in cells for o in cell.get("outputs", []) if o.output_type == "error"]
@@ -157,26 +157,26 @@ def test_24_runs_on_two_workers_and_again(tmp_path, good, capsys, monkeypatch):
         other.setattr(batch, "core_hash", lambda: "another")
         main([*command, "--dry-run"])
     assert "24 stale, core changed" in capsys.readouterr().out and core == batch.core_hash()
-    source = Path(good).read_text()
-    Path(good).write_text(source.replace("too large", "no"))
+    source = Path(good).read_text(encoding="utf-8")
+    Path(good).write_text(source.replace("too large", "no"), encoding="utf-8")
     main([*command, "--dry-run"])
     assert "24 stale, notebook changed" in capsys.readouterr().out
-    Path(good).write_text(source.replace("# a notebook", "# its prose"))
+    Path(good).write_text(source.replace("# a notebook", "# its prose"), encoding="utf-8")
     main([*command, "--dry-run"])
     assert "22 up to date; 2 failed" in capsys.readouterr().out
 
 
 def the_report(out, runs):
-    with open(out / "table.csv") as file:
+    with open(out / "table.csv", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
     assert [(int(row["seed"]), row["name"]) for row in table] == [(seed, name) for seed in range(12) for name in "ab"]
     assert [float(row["whole.64"]) for row in table if row["status"] == "passed"] == [seed / 10 for seed in range(11) for _ in "ab"]
     pyarrow = pytest.importorskip("pyarrow.parquet")
     assert pyarrow.read_table(out / "table.parquet").column("seed").to_pylist() == [seed for seed in range(12) for _ in "ab"]
-    rows = json.loads((out / "results.json").read_text())
+    rows = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert len(rows) == 22 and {"seed", "name", "score", "whole", "command", "commit", "versions"} <= set(rows[0]) and rows[4]["score"] == 1.0
     assert (out / "summary.png").stat().st_size > 5000
-    page = (out / "index.html").read_text()
+    page = (out / "index.html").read_text(encoding="utf-8")
     assert "22 passed, 2 failed" in page and all((out / link).exists() for link in re.findall('(?:href|src)=["\'](.*?)["\']', page))
     assert page.count("notebook.ipynb</a>") == 24 and "AssertionError: too large" in page
 
@@ -202,7 +202,7 @@ def test_a_failing_notebook_is_tried_again(tmp_path, no_report, capsys):
     notebook = write(tmp_path / "flaky.ipynb", ("seed = 0", "parameters"), (source,))
     assert main([notebook, "--grid", "seed=0,1", "--retries", "1", "--out", str(tmp_path / "out")]) == 1
     assert "1 passed, 1 failed" in capsys.readouterr().out
-    assert [(tmp_path / name).read_text() for name in "01"] == ["xx", "xx"]
+    assert [(tmp_path / name).read_text(encoding="utf-8") for name in "01"] == ["xx", "xx"]
 
 
 def test_a_kernel_that_dies_is_a_failure_of_its_run_alone(tmp_path, no_report, capsys):
@@ -264,7 +264,7 @@ def cluster(tmp_path):
         command = [sys.executable, "-m", "dask", *what, "--scheduler-file", str(file)]
         started.append(subprocess.Popen(command, env=ENVIRONMENT, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
     until(file.exists)
-    yield json.loads(file.read_text())["address"]
+    yield json.loads(file.read_text(encoding="utf-8"))["address"]
     for process in reversed(started):
         process.terminate()
         process.wait(20)
@@ -348,7 +348,7 @@ def test_a_stale_result_stays_until_the_new_one_is_whole(tmp_path, good, no_repo
     out = tmp_path / "out"
     assert main([good, "--out", str(out)]) == 0
     (name,) = folders(out)
-    Path(good).write_text(Path(good).read_text().replace("too large", "no"))
+    Path(good).write_text(Path(good).read_text(encoding="utf-8").replace("too large", "no"), encoding="utf-8")
     with monkeypatch.context() as other, pytest.raises(SystemExit):
         other.setattr(batch, "keep", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left")))
         main([good, "--out", str(out)])
@@ -361,15 +361,15 @@ def test_a_damaged_result_is_named_and_the_rest_reported(tmp_path, good, capsys)
     out = tmp_path / "out"
     assert main([good, "--grid", "seed=0:4", "--out", str(out)]) == 0
     first, second, third, fourth = folders(out)
-    (out / fourth / "result.json").write_text('{"status": "passed"}')
-    (out / first / "result.json").write_text('{"status": "pas')
+    (out / fourth / "result.json").write_text('{"status": "passed"}', encoding="utf-8")
+    (out / first / "result.json").write_text('{"status": "pas', encoding="utf-8")
     (out / second / "result.json").unlink()
     capsys.readouterr()
     assert main(["report", str(out)]) == 0
     printed = capsys.readouterr().out
     assert all(f"{name}: no whole result.json" in printed for name in (first, second, fourth)) and third not in printed
-    assert [row["seed"] for row in json.loads((out / "results.json").read_text())] == [2]
-    assert first in (out / "index.html").read_text()
+    assert [row["seed"] for row in json.loads((out / "results.json").read_text(encoding="utf-8"))] == [2]
+    assert first in (out / "index.html").read_text(encoding="utf-8")
     assert main([good, "--grid", "seed=0:4", "--out", str(out), "--dry-run"]) == 0
     assert "3 missing; 1 up to date" in capsys.readouterr().out
 
@@ -408,6 +408,6 @@ def test_publish_puts_the_executed_notebook_in_place(tmp_path, good, no_report):
 
 def test_publish_leaves_notebooks_alone_when_one_fails(tmp_path, good, no_report):
     bad = write(tmp_path / "bad.ipynb", ("1 / 0",))
-    before = Path(good).read_text()
+    before = Path(good).read_text(encoding="utf-8")
     assert main([good, bad, "--publish", "--out", str(tmp_path / "out")]) == 1
-    assert Path(good).read_text() == before
+    assert Path(good).read_text(encoding="utf-8") == before

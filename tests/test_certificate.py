@@ -156,7 +156,7 @@ def test_shipped_models_are_proved_again_and_say_so_beside_their_weights(name):
     assert proof.proved and proof.wrong == 0 and proof.machine == asked.minimal()
     assert all(torch.equal(a, b) for a, b in zip(proof.model.state_dict().values(),
                                                  model.state_dict().values()))
-    kept = json.loads((PRETRAINED / name / "certificate.json").read_text())
+    kept = json.loads((PRETRAINED / name / "certificate.json").read_text(encoding="utf-8"))
     assert kept.pop("errors").keys() == proof.errors.keys()
     found = proof.summary()
     margins = {key: kept.pop(key) for key in list(kept) if key.endswith("margin")}

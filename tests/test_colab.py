@@ -15,7 +15,7 @@ import pytest
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
-REPOSITORY = re.search(r'Repository = "(.*?)"', (ROOT / "pyproject.toml").read_text()).group(1)
+REPOSITORY = re.search(r'Repository = "(.*?)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8")).group(1)
 COLAB_HAS = ["torch", "numpy", "matplotlib", "pandas", "psutil", "tqdm", "huggingface_hub", "safetensors", "ipykernel", "ipywidgets"]
 
 
@@ -29,14 +29,14 @@ def colab(tmp_path_factory):
     (packages,) = home.glob("venv/lib/python*/site-packages")
     (packages / "google" / "colab").mkdir(parents=True)
     (packages / "google" / "colab" / "__init__.py").touch()
-    (packages / "google_colab.pth").write_text("import google.colab\n")
+    (packages / "google_colab.pth").write_text("import google.colab\n", encoding="utf-8")
     kernel = home / "jupyter" / "kernels" / "colab"
     kernel.mkdir(parents=True)
     # pip clones the address in the setup cell; git is told that it lies in this folder
     environment = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.{ROOT.as_uri()}.insteadOf", "GIT_CONFIG_VALUE_0": REPOSITORY,
                    "PYTHONPATH": "", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     (kernel / "kernel.json").write_text(json.dumps({"argv": [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"], "env": environment,
-                                                    "display_name": "colab", "language": "python"}))
+                                                    "display_name": "colab", "language": "python"}), encoding="utf-8")
 
     def freeze():
         listed = subprocess.run([python, "-m", "pip", "list", "--format=json"], check=True, capture_output=True, env={**os.environ, "PYTHONPATH": ""})

@@ -1,3 +1,4 @@
+import math
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, fields
@@ -20,6 +21,9 @@ def test_fields_and_defaults_of_the_reference_come_first(reference):
     ("gqa", {"codes": 2}, "codes = 2"), ("gqa", {"n_heads": True}, "n_heads = True"),
     ("gqa", {"act_threshold": 1.5}, "(0, 1]"), ("gqa", {"lora_rank": -1}, "lora_rank = -1"), ("gqa", {"vocab_size": 0}, "vocab_size = 0"),
     ("gqa", {"window": 0}, "window = 0"), ("gqa", {"dropout": 1.0}, "dropout = 1.0"), ("gqa", {"init_std": 0.0}, "init_std = 0.0"),
+    ("gqa", {"halt_bias": math.nan}, "halt_bias = nan: must be finite"),
+    ("gqa", {"rope_theta": math.inf}, "rope_theta = inf: must be finite"),
+    ("gqa", {"loop_noise": math.inf}, "loop_noise = inf: must be finite"),
 ])
 def test_values_that_cannot_work_are_refused_by_name(attn, changes, named):
     with pytest.raises(ValueError, match="MythosConfig") as error:

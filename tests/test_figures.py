@@ -23,7 +23,8 @@ def test_a_figure_is_saved_with_its_numbers(tmp_path, monkeypatch):
     figures.loop_by_position(ax, torch.rand(3, 5), "a title", "share")
     figures.save(fig, "name", "what it shows", a=torch.tensor([1.23456789, 2.0]), b={"c": np.int64(3)}, d=[0.1 + 0.2])
     assert (tmp_path / "made" / "name.png").stat().st_size > 1000
-    assert json.loads((tmp_path / "made" / "name.json").read_text()) == {"alt": "what it shows", "a": [1.23457, 2.0], "b": {"c": 3}, "d": [0.3]}
+    content = json.loads((tmp_path / "made" / "name.json").read_text(encoding="utf-8"))
+    assert content == {"alt": "what it shows", "a": [1.23457, 2.0], "b": {"c": 3}, "d": [0.3]}
 
 
 def test_the_same_figure_is_the_same_file(tmp_path, monkeypatch):
@@ -54,8 +55,11 @@ def architecture():
 def test_the_committed_diagram_is_the_one_that_the_script_draws(architecture, tmp_path, monkeypatch):
     monkeypatch.setenv("MYTHOS_FIGURES", str(tmp_path))
     architecture["main"]()
-    assert (tmp_path / "architecture.json").read_text() == (COMMITTED / "architecture.json").read_text()
-    committed, drawn = ((folder / "architecture.svg").read_text() for folder in (COMMITTED, tmp_path))
+    about, about_drawn = ((folder / "architecture.json").read_text(encoding="utf-8")
+                          for folder in (COMMITTED, tmp_path))
+    assert about == about_drawn
+    committed, drawn = ((folder / "architecture.svg").read_text(encoding="utf-8")
+                        for folder in (COMMITTED, tmp_path))
     if f"Matplotlib v{matplotlib.__version__}," in committed:       # another draws the same letters by other strokes and pixels
         assert re.findall(r"<(path|use) ", drawn) == re.findall(r"<(path|use) ", committed)
         assert compare_images(str(COMMITTED / "architecture.png"), str(tmp_path / "architecture.png"), tol=2, in_decorator=True) is None

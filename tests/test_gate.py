@@ -135,7 +135,8 @@ def test_a_stale_picture_is_found(tmp_path):
         fig, ax = plt.subplots()
         ax.plot(points, color=colour)
         fig.savefig(tmp_path / folder / "x.png")
-        (tmp_path / folder / "x.json").write_text(json.dumps({"alt": "", "points": [1, 2, 3]}))
+        content = json.dumps({"alt": "", "points": [1, 2, 3]})
+        (tmp_path / folder / "x.json").write_text(content, encoding="utf-8")
         plt.close(fig)
         return tmp_path / folder
     committed = draw("committed")
@@ -180,7 +181,8 @@ def test_a_run_that_differs_from_what_was_committed_fails_the_gate(tmp_path, her
     cells = [SAVE, "offset = 0", draw.format(3, "as_it_was", 3), draw.format(9, "changed", 9), claims[0], "offset = 1", claims[1]]
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "figures").mkdir()
-    (tmp_path / "figures" / "arithmetic.txt").write_text(arithmetic() if here else "another processor")
+    of = arithmetic() if here else "another processor"
+    (tmp_path / "figures" / "arithmetic.txt").write_text(of, encoding="utf-8")
     cells = [cell if isinstance(cell, dict) else new_code_cell(cell, execution_count=1) for cell in cells]
     nbformat.write(new_notebook(cells=[*cells, new_markdown_cell("\n\n".join(tasks))]), tmp_path / "notebooks" / "x.ipynb")
     committed = subprocess.run([sys.executable, "-c", "\n".join([SAVE, draw.format(3, "as_it_was", 3), draw.format(3, "changed", 3)])],

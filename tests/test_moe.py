@@ -1,8 +1,15 @@
+import copy
+import pickle
+import subprocess
+import sys
+
 import pytest
+import several
 import torch
 import torch.nn.functional as F
 from conftest import tiny
 
+from mythos_core import OpenMythos
 from mythos_core.moe import MoE
 
 
@@ -111,6 +118,54 @@ def test_without_a_rate_nothing_is_counted():
     moe.train()(torch.randn(1, 5, 32))
     moe.balance()
     assert not moe.router_bias.any() and not moe.load.any()
+
+
+@pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half().cpu(),
+                                  lambda m: m.double()])
+def test_load_and_bias_are_counted_in_float32_whatever_the_models_dtype(cast):
+    moe = make(balance_rate=1e-3)
+    moe.router_bias.fill_(1 + 1e-6)                          # which bfloat16 does not have
+    moe = cast(moe)
+    dtype = moe.router.weight.dtype
+    assert moe.router_bias.dtype == moe.load.dtype == torch.float32
+    assert (moe.router_bias == 1 + torch.tensor(1e-6)).all()
+    for _ in range(400):
+        assert moe(torch.ones(1, 5, 32, dtype=dtype))[0].dtype == dtype
+    assert moe.load.sum() == 400 * 5 * 2
+    before = moe.router_bias.clone()
+    moe.balance()
+    assert ((moe.router_bias - before).abs() > 0.9e-3).all()
+
+
+def test_counts_are_float32_where_another_dtype_is_the_default():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        moe = MoE(tiny())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert moe.router_bias.dtype == moe.load.dtype == torch.float32
+
+
+def test_graphs_of_the_auxiliary_loss_neither_pile_up_nor_stop_a_copy():
+    model, ids = OpenMythos(tiny(balance_loss=0.01)), torch.randint(17, (2, 6))
+    for _ in range(3):                                       # without a call of balance
+        logits = model(ids, 2)
+        (logits.logsumexp(-1).mean() + 0.01 * model.recurrent.block.ffn.imbalance).backward()
+    assert len(model.recurrent.block.ffn._imbalances) == 2
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin.eval()(ids, 2), model.eval()(ids, 2))
+    assert twin.recurrent.block.ffn.imbalance == 0.0
+    assert pickle.loads(pickle.dumps(model)).config == model.config
+
+
+def test_two_processes_run_the_same_loops_and_move_the_same_bias(tmp_path):
+    subprocess.run([sys.executable, several.__file__, tmp_path], check=True)
+    (loops, load, bias), (loops_1, load_1, bias_1) = (torch.load(tmp_path / f"{rank}.pt")
+                                                      for rank in (0, 1))
+    both = load + load_1
+    assert loops == loops_1 == [0, 1, 2, 3]
+    assert not torch.equal(load, load_1) and load.sum() == load_1.sum() == 2 * 6 * 2 * 4
+    assert torch.equal(bias, bias_1) and torch.equal(bias, 0.01 * (both.mean() - both).sign())
 
 
 def test_the_auxiliary_loss_is_its_definition():

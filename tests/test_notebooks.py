@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 NAMES = ["01_model_sizes", "02_kv_cache", "03_spectral_stability", "04_training", "05_depth_extrapolation", "06_act_halting",
          "07_moe_utilization", "08_generation", "09_state_tracking"]
 BENCH = {"bench", "bench_scaling"}      # by `make bench`: test_readme.py has them
-REPOSITORY = re.search(r'Repository = "(.*?)"', (ROOT / "pyproject.toml").read_text()).group(1)
+REPOSITORY = re.search(r'Repository = "(.*?)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8")).group(1)
 
 
 def load(name):
@@ -110,13 +110,13 @@ def test_every_figure_has_its_numbers_and_is_shown(notebook):
     assert names
     for name in names:
         assert (ROOT / "figures" / f"{name}.png").stat().st_size > 5000
-        assert len(json.loads((ROOT / "figures" / f"{name}.json").read_text())) > 1
+        assert len(json.loads((ROOT / "figures" / f"{name}.json").read_text(encoding="utf-8"))) > 1
     assert sum("image/png" in o.get("data", {}) for c in code(notebook) for o in c.outputs) >= len(names)
 
 
 def test_every_committed_figure_is_made_by_a_notebook_the_script_beside_it_or_the_bench():
     made = [name for n in NAMES for name in figures_of(load(n))]
-    made += [name for script in (ROOT / "figures").glob("*.py") for name in names_saved(script.read_text())]
+    made += [name for script in (ROOT / "figures").glob("*.py") for name in names_saved(script.read_text(encoding="utf-8"))]
     assert len(made) == len(set(made))
     assert {path.stem for path in (ROOT / "figures").iterdir() if path.is_file() and path.name != "arithmetic.txt"} == set(made) | BENCH
     assert "overview" in made
@@ -124,7 +124,7 @@ def test_every_committed_figure_is_made_by_a_notebook_the_script_beside_it_or_th
 
 def test_the_film_is_small_and_ends_as_the_figure_does():
     folder = ROOT / "figures"
-    right = np.array(json.loads((folder / "travelling_answer.json").read_text())["right"])
+    right = np.array(json.loads((folder / "travelling_answer.json").read_text(encoding="utf-8"))["right"])
     assert (folder / "travelling_answer.gif").stat().st_size < 2 ** 20
     with Image.open(folder / "travelling_answer.gif") as film, Image.open(folder / "travelling_answer.png") as last:
         assert film.n_frames == len(right)

@@ -142,7 +142,8 @@ def test_the_shipped_models_are_the_median_seeds():
             "parity-seed": [row for row in study.load(study.RESULTS / "ablations.json") if row["variant"] == "the article's recipe"]}
     values = {"parity-carrying": lambda row: row["needed"]["256"]["random"], "parity-seed": lambda row: row["executed"]}
     for name in rows:
-        about = json.loads((PRETRAINED / name / "config.json").read_text())["provenance"]
+        config = (PRETRAINED / name / "config.json").read_text(encoding="utf-8")
+        about = json.loads(config)["provenance"]
         assert about["seed"] == median_seed(rows[name], values[name])
         kept, now = as_kept(get_recipe(name), about["recipe"])
         assert kept | {"config": None} == now | {"config": None}
@@ -150,7 +151,8 @@ def test_the_shipped_models_are_the_median_seeds():
 
 def test_the_shipped_model_does_what_its_committed_row_says():
     model = OpenMythos.from_pretrained("parity-carrying")
-    seed = json.loads((PRETRAINED / "parity-carrying" / "config.json").read_text())["provenance"]["seed"]
+    config = (PRETRAINED / "parity-carrying" / "config.json").read_text(encoding="utf-8")
+    seed = json.loads(config)["provenance"]["seed"]
     (row,) = [row for row in study.load(study.RESULTS / "reach.json") if row["variant"] == "the recipe" and row["seed"] == seed]
     for length in (16, 64, 256):
         ids = make_batch(16, length, torch.Generator().manual_seed(length))[0]

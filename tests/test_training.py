@@ -1,4 +1,5 @@
 import json
+import signal
 from dataclasses import replace
 
 import pytest
@@ -46,7 +47,9 @@ def at_step(monkeypatch):
     original = training.learning_rate
 
     def plan(step, act):
-        monkeypatch.setattr(training, "learning_rate", lambda recipe, s, span: act() if s == step else original(recipe, s, span))
+        def rate(recipe, s, span):
+            return (act() if s == step else None) or original(recipe, s, span)
+        monkeypatch.setattr(training, "learning_rate", rate)
     return plan
 
 
@@ -59,14 +62,17 @@ def test_same_seed_same_bits_and_torch_s_own_generator_untouched():
 
 
 def interrupt():
-    raise KeyboardInterrupt
+    signal.raise_signal(signal.SIGINT)
 
 
-def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, at_step, often):
-    whole = train(SHORT, 1, progress=False)
-    at_step(7, interrupt)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, at_step, often, number):
+    whole, before = train(SHORT, 1, progress=False), signal.getsignal(number)
+    at_step(7, lambda: signal.raise_signal(number))
     with pytest.raises(KeyboardInterrupt):
         train(SHORT, 1, progress=False, out=tmp_path)
+    assert signal.getsignal(number) is before
+    assert len(torch.load(tmp_path / "checkpoint.pt")["history"]) == 8      # the step is finished
     at_step(None, None)
     resumed = train(SHORT, 1, progress=False, out=tmp_path, resume=True)
     assert same(whole, resumed)
@@ -91,6 +97,34 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(b"torn")
     with pytest.raises(OSError, match=r"checkpoint.pt: damaged"):
         train(SHORT, 1, progress=False, out=tmp_path, resume=True)
+
+
+def test_a_second_signal_does_not_wait_and_saves_no_half_of_a_step(tmp_path, at_step, often):
+    def insist():
+        interrupt()
+        interrupt()
+    at_step(7, insist)
+    with pytest.raises(KeyboardInterrupt):
+        train(SHORT, 1, progress=False, out=tmp_path)
+    assert len(torch.load(tmp_path / "checkpoint.pt")["history"]) == 5
+
+
+@pytest.mark.parametrize("changes, arguments, named", [
+    (dict(steps=0), {}, "steps = 0: must be at least 1"),
+    (dict(steps=-5), {}, "steps = -5: must be at least 1"), (dict(batch=0), {}, "batch = 0"),
+    ({}, dict(seed=-1), "seed = -1: must be in 0"), ({}, dict(seed=2 ** 70), "seed = 11805"),
+    ({}, dict(device="gpu"), "device = 'gpu'"), ({}, dict(device="cpu:x"), "device = 'cpu:x'")])
+def test_what_no_training_could_begin_with_is_refused_by_name(tmp_path, changes, arguments, named):
+    with pytest.raises(ValueError, match=named):
+        train(replace(SHORT, **changes), progress=False, out=tmp_path / "new", **arguments)
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_out_that_cannot_be_a_folder_is_refused_before_the_first_step(tmp_path, at_step):
+    at_step(0, lambda: pytest.fail("a step ran"))
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    with pytest.raises(OSError, match="file"):
+        train(SHORT, progress=False, out=tmp_path / "file")
 
 
 def test_runs_in_processes_are_the_runs_alone():
@@ -153,18 +187,36 @@ def test_the_shipped_model_extrapolates(length, n_loops):
 
 @pytest.mark.parametrize("name", shipped())
 def test_the_shipped_models_reach_what_their_provenance_says(name):
-    metrics = json.loads((PRETRAINED / name / "config.json").read_text())["provenance"]["metrics"]
+    config = (PRETRAINED / name / "config.json").read_text(encoding="utf-8")
+    metrics = json.loads(config)["provenance"]["metrics"]
     assert held_out(OpenMythos.from_pretrained(name), get_recipe(name)) == pytest.approx(metrics["held_out"], abs=0.01)
 
 
 def test_command_line(tmp_path, capsys):
     main(["--recipe", "parity-carrying", "--seed", "5", "--steps", "3", "--out", str(tmp_path)])
     assert "seed 5: loss" in capsys.readouterr().out
-    assert json.loads((tmp_path / "config.json").read_text())["provenance"]["seed"] == 5
-    assert len(json.loads((tmp_path / "history.json").read_text())) == 3
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["provenance"]["seed"] == 5
+    assert len(json.loads((tmp_path / "history.json").read_text(encoding="utf-8"))) == 3
     with pytest.raises(SystemExit) as stop:
         main(["--recipe", "none", "--out", str(tmp_path)])
     assert stop.value.code == 2 and "must be one of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments, named", [
+    (["--steps", "0"], "steps = 0"), (["--steps", "-5"], "steps = -5"),
+    (["--seed", "-1"], "seed = -1"), (["--device", "gpu"], "device = 'gpu'")])
+def test_the_command_refuses_bad_arguments_by_name(tmp_path, capsys, arguments, named):
+    with pytest.raises(SystemExit) as stop:
+        main(["--recipe", "parity-carrying", "--out", str(tmp_path), *arguments])
+    assert stop.value.code == 2 and named in capsys.readouterr().err
+
+
+def test_the_command_saves_when_it_is_told_to_stop(tmp_path, capsys, at_step):
+    at_step(3, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit) as stop:
+        main(["--recipe", "parity-carrying", "--out", str(tmp_path)])
+    assert stop.value.code == 130 and "go on with --resume" in capsys.readouterr().err
+    assert len(torch.load(tmp_path / "checkpoint.pt")["history"]) == 4
 
 
 def test_the_ponder_cost_is_the_loops_taken_and_the_weight_of_the_last():
@@ -202,8 +254,8 @@ def test_a_machines_training_ends_when_it_is_proved_for_real(proved):
     assert all("proved" not in row for row in run.history[begin:-1])        # nothing is tried while the rate falls
     again = OpenMythos.from_pretrained(out)
     assert certify(again, machine("parity")).proved
-    assert json.loads((out / "certificate.json").read_text()) == run.certificate.summary()
-    about = json.loads((out / "config.json").read_text())["provenance"]
+    assert json.loads((out / "certificate.json").read_text(encoding="utf-8")) == run.certificate.summary()
+    about = json.loads((out / "config.json").read_text(encoding="utf-8"))["provenance"]
     assert about["metrics"]["steps"] == end and Machine.from_table([[0, 1], [1, 0]]) == machine("parity")
 
 

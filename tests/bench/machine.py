@@ -95,7 +95,9 @@ def peak_bytes(work) -> int:
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder, "trace.json")
         profile.export_chrome_trace(str(trace))
-        return max(event["args"]["Total Allocated"] for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]")
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+        return max(event["args"]["Total Allocated"] for event in events
+                   if event.get("name") == "[memory]")
 
 
 def description() -> dict:
@@ -105,6 +107,7 @@ def description() -> dict:
         with threads(number) as count:
             rates[count] = matrix_rate("cpu", count) / 1e9
     cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return {"cpu": names[0] if names else platform.processor(), "threads": torch.get_num_threads(), "torch": torch.__version__,
             "GFLOP_per_second": {count: float(f"{rate:.3g}") for count, rate in rates.items()}, "command": "make bench"}

@@ -43,4 +43,5 @@ def write(rows: list[Row]):
         return {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in row.items()}
     table = {"machine": machine.description(), "rows": [{**plain(asdict(row)), "reached": row.reached} for row in rows]}
     figures.folder().mkdir(parents=True, exist_ok=True)
-    (figures.folder() / "bench.json").write_text(json.dumps(table, indent=1) + "\n")
+    content = json.dumps(table, indent=1) + "\n"
+    (figures.folder() / "bench.json").write_text(content, encoding="utf-8")

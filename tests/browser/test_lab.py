@@ -30,14 +30,14 @@ def lab(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lab")
     for name, settings in SETTINGS.items():
         (folder / "settings" / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / "settings" / name).write_text(json.dumps(settings))
+        (folder / "settings" / name).write_text(json.dumps(settings), encoding="utf-8")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
                "--IdentityProvider.token=known", "--allow-root", f"--ServerApp.root_dir={folder}", f"--LabApp.user_settings_dir={folder / 'settings'}"]
     folders = {f"JUPYTER_{kind}_DIR": str(folder / kind.lower()) for kind in ("CONFIG", "DATA", "RUNTIME")}
-    with open(folder / "lab.log", "w") as log:
+    with open(folder / "lab.log", "w", encoding="utf-8") as log:
         server = subprocess.Popen(command, cwd=folder, env={**os.environ, **folders}, stdout=log, stderr=subprocess.STDOUT)
     address = f"http://127.0.0.1:{port}"
 
@@ -58,12 +58,12 @@ def lab(tmp_path_factory):
 
 def wait_for(url, server, log):
     for _ in range(120):
-        assert server.poll() is None, log.read_text()
+        assert server.poll() is None, log.read_text(encoding="utf-8")
         try:
             return urlopen(url, timeout=5)
         except URLError:
             time.sleep(0.5)
-    pytest.fail(log.read_text())
+    pytest.fail(log.read_text(encoding="utf-8"))
 
 
 def load(name):

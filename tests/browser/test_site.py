@@ -95,7 +95,8 @@ def test_pictures_are_there_with_their_words(seen):
         assert len(picture["alt"].split()) > 4 and "No description" not in picture["alt"], picture
     shown = {picture["src"]: picture["alt"] for picture in seen.pictures}
     for figure in re.findall(r'figures\.save\(\s*\w+,\s*"(\w+)"', cells(seen.name, "code")):
-        assert shown[f"figures/{figure}.png"] == json.loads((ROOT / "figures" / f"{figure}.json").read_text())["alt"]
+        about = (ROOT / "figures" / f"{figure}.json").read_text(encoding="utf-8")
+        assert shown[f"figures/{figure}.png"] == json.loads(about)["alt"]
 
 
 def test_maths_is_drawn(seen):
