@@ -32,7 +32,7 @@ import psutil
 from jupyter_client.manager import AsyncKernelManager
 from tqdm.auto import tqdm
 
-from mythos_core.training import commit
+from mythos_core.provenance import commit
 
 CORE = Path(__file__).parent
 MIME = "application/vnd.mythos-core.results+json"

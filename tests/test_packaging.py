@@ -54,8 +54,9 @@ def test_the_core_stays_thin():
 
 
 def test_imports_run_one_way():
-    order = ["config", "layers", "cache", "attention", "moe", "halting", "loop", "model", "interop", "groups", "parity", "machines",
-             "recipes", "certificate", "training", "probes", "study", "figures", "batch"]
+    order = ["provenance", "config", "layers", "cache", "attention", "moe", "halting", "loop",
+             "model", "interop", "groups", "parity", "machines", "recipes", "certificate",
+             "training", "probes", "study", "figures", "batch"]
     for position, module in enumerate(order):
         found = re.findall(r"from mythos_core\.(\w+) import", (ROOT / "mythos_core" / f"{module}.py").read_text())
         assert all(order.index(other) < position for other in found), module
