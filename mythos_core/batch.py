@@ -10,6 +10,8 @@ import argparse
 import ast
 import hashlib
 import json
+import logging
+import math
 import os
 import platform
 import queue
@@ -30,6 +32,7 @@ import nbformat
 import papermill
 import psutil
 from jupyter_client.manager import AsyncKernelManager
+from papermill.translators import PythonTranslator, papermill_translators
 from tqdm.auto import tqdm
 
 from mythos_core.provenance import commit
@@ -95,15 +98,80 @@ def _literal(text: str):
     return text
 
 
+UNKNOWN = object()                           # of a default that is not a literal
+
+
+def open_notebook(path: Path) -> nbformat.NotebookNode:
+    """The notebook in a file; ValueError, with the path, for anything else and for a notebook of
+    another language. One that names no kernel is taken for Python's."""
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file")
+    try:
+        notebook = nbformat.read(path, as_version=4)
+        spec, info = (notebook.metadata.get(name, {}) for name in ("kernelspec", "language_info"))
+        language = spec.get("language") or info.get("name") or "python"
+        foreign = "python" not in language.lower()
+        for cell in notebook.cells:
+            cell.cell_type, cell.source.encode(), list(cell.metadata.get("tags", []))
+    except Exception as error:                                   # as many kinds as there are ways to be wrong
+        raise ValueError(f"{path}: not a notebook: {error!r:.200}") from error
+    if foreign:
+        raise ValueError(f"{path}: a notebook of {language}; must be one of Python")
+    return notebook
+
+
+def parameters_of(notebook: nbformat.NotebookNode) -> dict[str, tuple]:
+    """Name -> (default, its source) of all that the parameters cell assigns. The default is UNKNOWN
+    where it is not a literal, or where an annotation may allow more types than its own."""
+    found = {}
+    for statement in _parameters_cell(notebook).body:
+        if not isinstance(statement, (ast.Assign, ast.AnnAssign)):
+            continue
+        annotation, value = getattr(statement, "annotation", None), statement.value
+        for target in getattr(statement, "targets", None) or [statement.target]:
+            whole = isinstance(target, ast.Name) and isinstance(annotation, (ast.Name, type(None)))
+            for name in ast.walk(target):
+                if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store):
+                    found[name.id] = (_literal_of(value) if whole else UNKNOWN, value and ast.unparse(value))
+    return found
+
+
+def _parameters_cell(notebook: nbformat.NotebookNode) -> ast.Module:
+    """The first cell tagged `parameters`, IPython's magics made calls."""
+    from IPython.core.inputtransformer2 import TransformerManager
+    cells = (c.source for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
+    return ast.parse(TransformerManager().transform_cell(next(cells, "")))
+
+
+def _literal_of(node: ast.expr | None):
+    with suppress(ValueError, TypeError):
+        return ast.literal_eval(node)
+    return UNKNOWN
+
+
 def _typed(name: str, value, known: dict, notebook: Path):
-    """The value as the parameters cell has it; ValueError for a name that is not there, or for another type than the default's."""
+    """The value as the parameters cell has it; ValueError for a name that is not there, for another
+    type than the default's, and for what would not be the same in the notebook or in result.json."""
     if name not in known:
         raise ValueError(f"--grid {name}: not a parameter of {notebook.name}, which has {sorted(known)}")
-    default = _literal(known[name]["default"])
-    value = float(value) if (type(value), type(default)) == (int, float) else value
-    if default is not None and type(value) is not type(default) and {type(value), type(default)} != {list, tuple}:
-        raise ValueError(f"--grid {name}={value!r}: must be {type(default).__name__}, as {name} = {default!r} in {notebook.name}")
-    return value
+    if not _plain(value):
+        raise ValueError(f"--grid {name}={value!r}: must be None, True, False, a finite number, a string, or a list, tuple or dict "
+                         "(with strings for keys) of these")
+    default, source = known[name]
+    if default is UNKNOWN or default is None or type(value) is type(default):
+        return value
+    if {type(value), type(default)} == {list, tuple} or type(default) is float and type(value) is int and float(value) == value:
+        return type(default)(value)
+    raise ValueError(f"--grid {name}={value!r}: must be {type(default).__name__}, as {name} = {source} in {notebook.name}")
+
+
+def _plain(value) -> bool:
+    """Whether the source that repr makes of a value, and JSON but for tuples, give the same value again."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) for key in value) and _plain(list(value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_plain, value))
+    return value is None or isinstance(value, (bool, int, str)) or isinstance(value, float) and math.isfinite(value)
 
 
 def _hash(*parts: bytes) -> str:
@@ -119,19 +187,30 @@ def plan(notebooks: list[Path], grid: list[dict], out: Path, threads: int) -> li
     """All runs, checked before any starts (papermill itself only warns of an unknown parameter)."""
     jobs, here, core = {}, commit(), core_hash()
     for notebook in notebooks:
-        known = papermill.inspect_notebook(str(notebook))
-        code = _hash(*(cell.source.encode() for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "code"))
+        opened = open_notebook(notebook)
+        try:
+            known = parameters_of(opened)
+        except SyntaxError as error:
+            raise ValueError(f"{notebook}: its parameters cell is not Python: {error}") from error
+        code = _hash(*(cell.source.encode() for cell in opened.cells if cell.cell_type == "code"))
         for point in grid:
             parameters = {name: _typed(name, value, known, notebook) for name, value in point.items()}
             label = re.sub(r"[^\w.=+,-]+", "_", "-".join([notebook.stem, *(f"{k}={v}" for k, v in parameters.items())]), flags=re.ASCII)[:80]
-            folder = out / f"{label}-{_hash(notebook.name.encode(), json.dumps(parameters, sort_keys=True).encode())}"
+            folder = out / f"{label}-{_hash(_seen_from(out, notebook).encode(), repr(sorted(parameters.items())).encode())}"
             if folder in jobs:
                 raise ValueError(f"the run {label} is there twice")
-            options = ["--grid " + shlex.quote(f"{k}={json.dumps(v) if isinstance(v, str) else v}") for k, v in parameters.items()]
+            options = ["--grid " + shlex.quote(f"{k}={v!r}") for k, v in parameters.items()]
             jobs[folder] = Job(notebook, folder, threads, {
-                "command": " ".join(["python -m mythos_core.batch", shlex.quote(os.path.relpath(notebook)), *options]), "commit": here,
+                "command": " ".join(["python -m mythos_core.batch", shlex.quote(_seen_from(Path.cwd(), notebook)), *options]), "commit": here,
                 "notebook": notebook.name, "parameters": parameters, "fingerprint": {"notebook": code, "core": core}})
     return list(jobs.values())
+
+
+def _seen_from(folder: Path, file: Path) -> str:
+    """The way from a folder to a file; the file's full path if there is none, as between two drives."""
+    with suppress(ValueError):
+        return os.path.relpath(file, folder)
+    return str(file)
 
 
 def run(job: Job) -> dict:
@@ -164,6 +243,23 @@ def beside(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}@{platform.node()}@{os.getpid()}.partial")
 
 
+class Literals(PythonTranslator):
+    """Papermill's parameters as Python writes them; its own way makes a string of a tuple."""
+
+    @classmethod
+    def translate(cls, value) -> str:
+        return repr(value)
+
+
+papermill_translators.register("python3", Literals)
+logging.getLogger("papermill").setLevel(logging.ERROR)           # it warns of parameters that it does not understand; they are checked here
+
+
+def verbatim(path: Path) -> str:
+    """The path as papermill takes it, which fills what is in braces."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
 def _execute(job: Job, folder: Path) -> tuple[Exception | None, float | None]:
     """What went wrong in the notebook, and its kernel's peak memory. OSError: the folder cannot be written, or the run was stopped."""
     class Kernel(AsyncKernelManager):
@@ -183,8 +279,8 @@ def _execute(job: Job, folder: Path) -> tuple[Exception | None, float | None]:
     KERNELS[job.folder] = None
     try:
         with open(folder / "stdout.txt", "w") as stdout, open(folder / "log.txt", "wb") as log:
-            papermill.execute_notebook(str(job.notebook), str(folder / "notebook.ipynb"), job.about["parameters"], cwd=str(job.notebook.parent),
-                                       stdout_file=stdout, kernel_name="python3", kernel_manager_class=Kernel, progress_bar=False)
+            papermill.execute_notebook(verbatim(job.notebook), verbatim(folder / "notebook.ipynb"), job.about["parameters"], cwd=str(job.notebook.parent),
+                                       stdout_file=stdout, kernel_name="python3", language="python", kernel_manager_class=Kernel, progress_bar=False)
     except Exception as error:                                   # what a cell raised, or a kernel that died
         if isinstance(error, OSError) and not isinstance(error, TimeoutError):
             raise

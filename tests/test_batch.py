@@ -117,6 +117,131 @@ def test_more_workers_need_dask_and_one_does_not(tmp_path, good, no_report, caps
     assert main([good, "--out", str(tmp_path / "out")]) == 0
 
 
+# Notebooks as they come
+
+def save(path, source, **metadata):
+    """A notebook of a parameters cell and one that shows what the parameters are."""
+    shown = "print({k: v for k, v in globals().items() if k in asked})"
+    cells = [new_code_cell(source, metadata={"tags": ["parameters"]}), new_code_cell(shown)]
+    nbformat.write(new_notebook(cells=cells, metadata=metadata), path)
+    return path
+
+
+VALUES = [(3, 4), [1, (2, [None])], {"a": {"b": 1.5}, "c": ()}, "it's \"{x}\" \\ \n é", True, None,
+          -0.0, 10 ** 20, 1e-300, (5,), ""]
+
+
+def test_what_arrives_in_the_notebook_is_what_was_asked_for(tmp_path):
+    asked = dict(zip("abcdefghijk", VALUES))
+    source = "\n".join(f"{name} = None" for name in asked) + f"\nasked = {list(asked)}"
+    notebook = save(tmp_path / "types.ipynb", source)
+    (job,) = batch.plan([notebook], [asked], tmp_path / "out", 1)
+    (tmp_path / "out").mkdir()
+    assert batch.run(job)["error"] is None
+    assert (job.folder / "stdout.txt").read_text(encoding="utf-8") == f"{asked}\n"
+    assert read(job.folder)["parameters"] == json.loads(json.dumps(asked))
+    words = shlex.split(job.about["command"])[4:]
+    assert parse_grid([word for word in words if word != "--grid"]) == [asked]
+
+
+@pytest.mark.parametrize("value", [b"a", {1, 2}, 1e999, {1: 2}, [float("nan")], 1j, (b"a",)])
+def test_a_value_that_would_change_on_its_way_is_refused(tmp_path, value):
+    notebook = save(tmp_path / "n.ipynb", "r = None")
+    with pytest.raises(ValueError, match=re.escape(f"--grid r={value!r}: must be")):
+        batch.plan([notebook], [{"r": value}], tmp_path, 1)
+
+
+@pytest.mark.parametrize("default, value, arrives", [
+    ("(1, 2)", (3, 4), (3, 4)), ("(1, 2)", [3, 4], (3, 4)), ("[1]", (3, 4), [3, 4]),
+    ("0.5", 3, 3.0), ("0.5", 2 ** 53 + 1, ValueError), ("1", True, ValueError)])
+def test_a_value_has_the_type_of_the_default(tmp_path, default, value, arrives):
+    notebook = save(tmp_path / "n.ipynb", f"r = {default}")
+    if arrives is ValueError:
+        with pytest.raises(ValueError, match=re.escape(f"--grid r={value!r}: must be ")):
+            batch.plan([notebook], [{"r": value}], tmp_path, 1)
+    else:
+        (job,) = batch.plan([notebook], [{"r": value}], tmp_path, 1)
+        assert repr(job.about["parameters"]["r"]) == repr(arrives)
+
+
+@pytest.mark.parametrize("cell, given", [
+    ("path = 'a=b'", {"path": "c=d"}), ("seed: int | None = 0", {"seed": None}),
+    ("seed: int | None = 0", {"seed": 3}), ("a, (b, *c) = 1, (2, 3)", {"b": 5, "c": [6]}),
+    ("a = b = 0", {"b": 1}), ("device = 'cuda' if 0 else 'cpu'", {"device": "mps"}),
+    ("%matplotlib inline\nsize = 2 ** 4", {"size": 8}), ("late: int", {"late": 1}),
+    ("text = '''x = 1\ny = 2'''", {"text": "z"}), ("d = {}\nd['k'] = 1", {"d": {"a": 1}})])
+def test_legal_assignments_are_parameters(tmp_path, cell, given):
+    (job,) = batch.plan([save(tmp_path / "n.ipynb", cell)], [given], tmp_path, 1)
+    assert job.about["parameters"] == given
+
+
+@pytest.mark.parametrize("cell, given, named", [
+    ("path = 'a=b'", {"path": 1}, "--grid path=1: must be str, as path = 'a=b' in n.ipynb"),
+    ("seed: int = 0", {"seed": None}, "--grid seed=None: must be int"),
+    ("d = {}\nd['k'] = f = 1", {"k": 1},
+     "--grid k: not a parameter of n.ipynb, which has ['d', 'f']"),
+    ("def f():\n    x = 1", {"x": 1}, "which has []"),
+    ("text = '''x = 1\ny = 2'''", {"y": 1}, "which has ['text']")])
+def test_what_is_no_parameter_or_no_such_type_is_refused(tmp_path, cell, given, named):
+    with pytest.raises(ValueError, match=re.escape(named)):
+        batch.plan([save(tmp_path / "n.ipynb", cell)], [given], tmp_path, 1)
+
+
+def test_one_code_with_other_data_beside_it_is_another_run(tmp_path, no_report, capsys):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "data.txt").write_text(name, encoding="utf-8")
+        write(tmp_path / name / "same.ipynb", ("seed = 0", "parameters"),
+              ("print(open('data.txt').read())",))
+    a, b = (str(tmp_path / name / "same.ipynb") for name in "ab")
+    options = ["--grid", "seed=1", "--out", str(tmp_path / "out")]
+    assert main([a, *options]) == 0 and main([b, *options]) == 0
+    assert "up to date" not in capsys.readouterr().out
+    files = sorted((tmp_path / "out").glob("*/stdout.txt"))
+    assert sorted(file.read_text(encoding="utf-8") for file in files) == ["a\n", "b\n"]
+    assert main([a, b, *options]) == 0 and "2 up to date" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("folder", ["{x}", "{", "100%s {0} [a-z]*"])
+def test_a_path_is_a_path(tmp_path, folder, no_report):
+    (tmp_path / folder).mkdir()
+    notebook = save(tmp_path / folder / "{seed}.ipynb", "seed = 0\nasked = ['seed']")
+    assert main([str(notebook), "--grid", "seed=1", "--out", str(tmp_path / folder / "out")]) == 0
+    (name,) = folders(tmp_path / folder / "out")
+    printed = tmp_path / folder / "out" / name / "stdout.txt"
+    assert printed.read_text(encoding="utf-8") == "{'seed': 1}\n"
+
+
+def of_json(cells="[]", metadata="{}", version=4):
+    return (f'{{"cells": {cells}, "metadata": {metadata}, "nbformat": {version}, '
+            '"nbformat_minor": 4}').encode()
+
+
+NOT_NOTEBOOKS = {
+    "text": b"seed = 0", "bytes": b"\xff\xfe\x00", "empty": b"", "list": b"[]", "object": b"{}",
+    "number": b"1", "cell": of_json("[{}]"), "metadata": of_json(metadata="null"),
+    "version": of_json(version=99), "R": of_json(metadata='{"kernelspec": {"language": "R"}}'),
+    "syntax": of_json('[{"cell_type": "code", "metadata": {"tags": ["parameters"]}, '
+                      '"source": "seed =", "outputs": []}]')}
+
+
+@pytest.mark.parametrize("kind", [*NOT_NOTEBOOKS, "folder", "fifo", "missing"])
+def test_what_cannot_be_run_is_refused_by_name(tmp_path, good, kind, capsys):
+    path = tmp_path / f"{kind}.ipynb"
+    if kind in NOT_NOTEBOOKS:
+        path.write_bytes(NOT_NOTEBOOKS[kind])
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "fifo":
+        if not hasattr(os, "mkfifo"):
+            pytest.skip("this system has no FIFOs")
+        os.mkfifo(path)
+    with pytest.raises(SystemExit) as stop:
+        main([good, str(path), "--out", str(tmp_path / "out")])
+    assert stop.value.code == 2 and str(path) in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 # A batch on this machine
 
 def test_24_runs_on_two_workers_and_again(tmp_path, good, capsys, monkeypatch):
