@@ -32,6 +32,7 @@ import nbformat
 import papermill
 import psutil
 from jupyter_client.manager import AsyncKernelManager
+from nbclient.exceptions import CellTimeoutError
 from papermill.translators import PythonTranslator, papermill_translators
 from tqdm.auto import tqdm
 
@@ -55,12 +56,14 @@ def results(**values):
 
 
 class Job(NamedTuple):
-    """One run: a notebook, its folder, its kernel's threads (0: as the worker has them), and what result.json says of it however it ends."""
+    """One run: a notebook, its folder, its kernel's threads (0: as the worker has them), what result.json
+    says of it however it ends, and the most seconds that all its cells may take (None: no limit)."""
 
     notebook: Path
     folder: Path
     threads: int
     about: dict
+    timeout: int | None = None
 
 
 def parse_grid(entries: list[str]) -> list[dict]:
@@ -79,7 +82,7 @@ def _values(entry: str, text: str) -> list:
     if numbers := re.fullmatch(r"(-?\d+):(-?\d+)", text):
         return list(range(int(numbers[1]), int(numbers[2])))
     if file := re.fullmatch(r"@(.+?\.json):(.+)", text):
-        values = json.loads(Path(file[1]).read_text())
+        values = json.loads(Path(file[1]).read_text(encoding="utf-8"))
         for key in file[2].split("."):
             if not isinstance(values, dict) or key not in values:
                 raise ValueError(f"--grid {entry!r}: {key!r} is not in the file")
@@ -160,7 +163,7 @@ def _typed(name: str, value, known: dict, notebook: Path):
     default, source = known[name]
     if default is UNKNOWN or default is None or type(value) is type(default):
         return value
-    if {type(value), type(default)} == {list, tuple} or type(default) is float and type(value) is int and float(value) == value:
+    if {type(value), type(default)} == {list, tuple} or (type(default) is float and type(value) is int and float(value) == value):
         return type(default)(value)
     raise ValueError(f"--grid {name}={value!r}: must be {type(default).__name__}, as {name} = {source} in {notebook.name}")
 
@@ -171,7 +174,7 @@ def _plain(value) -> bool:
         return all(isinstance(key, str) for key in value) and _plain(list(value.values()))
     if isinstance(value, (list, tuple)):
         return all(map(_plain, value))
-    return value is None or isinstance(value, (bool, int, str)) or isinstance(value, float) and math.isfinite(value)
+    return value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _hash(*parts: bytes) -> str:
@@ -183,7 +186,7 @@ def core_hash() -> str:
     return _hash(*(file.read_bytes() for file in [*sorted(CORE.glob("*.py")), CORE / "published.json", CORE / "results" / "variants.json"]))
 
 
-def plan(notebooks: list[Path], grid: list[dict], out: Path, threads: int) -> list[Job]:
+def plan(notebooks: list[Path], grid: list[dict], out: Path, threads: int, timeout: int | None = None) -> list[Job]:
     """All runs, checked before any starts (papermill itself only warns of an unknown parameter)."""
     jobs, here, core = {}, commit(), core_hash()
     for notebook in notebooks:
@@ -202,7 +205,7 @@ def plan(notebooks: list[Path], grid: list[dict], out: Path, threads: int) -> li
             options = ["--grid " + shlex.quote(f"{k}={v!r}") for k, v in parameters.items()]
             jobs[folder] = Job(notebook, folder, threads, {
                 "command": " ".join(["python -m mythos_core.batch", shlex.quote(_seen_from(Path.cwd(), notebook)), *options]), "commit": here,
-                "notebook": notebook.name, "parameters": parameters, "fingerprint": {"notebook": code, "core": core}})
+                "notebook": notebook.name, "parameters": parameters, "fingerprint": {"notebook": code, "core": core}}, timeout)
     return list(jobs.values())
 
 
@@ -260,7 +263,7 @@ def verbatim(path: Path) -> str:
     return str(path).replace("{", "{{").replace("}", "}}")
 
 
-def _execute(job: Job, folder: Path) -> tuple[Exception | None, float | None]:
+def _execute(job: Job, folder: Path) -> tuple[BaseException | None, float | None]:
     """What went wrong in the notebook, and its kernel's peak memory. OSError: the folder cannot be written, or the run was stopped."""
     class Kernel(AsyncKernelManager):
         peak = None
@@ -269,6 +272,9 @@ def _execute(job: Job, folder: Path) -> tuple[Exception | None, float | None]:
             # Dask starts its workers with a setting of glibc's that gives memory back at once. It made kernels take twice as long.
             env = {k: v for k, v in os.environ.items() if k != "MALLOC_TRIM_THRESHOLD_"} | (dict.fromkeys(THREADS, str(job.threads)) if job.threads else {})
             await super().start_kernel(stdout=log, stderr=log, env=env, **options)
+            if job.folder not in KERNELS:
+                await self.shutdown_kernel(now=True)
+                raise InterruptedError("stopped")                # while it started
             KERNELS[job.folder] = self.provisioner.pid
 
         async def shutdown_kernel(self, *args, **options):
@@ -277,10 +283,17 @@ def _execute(job: Job, folder: Path) -> tuple[Exception | None, float | None]:
             await super().shutdown_kernel(*args, **options)
 
     KERNELS[job.folder] = None
+    until = time.monotonic() + job.timeout if job.timeout else None
     try:
-        with open(folder / "stdout.txt", "w") as stdout, open(folder / "log.txt", "wb") as log:
-            papermill.execute_notebook(verbatim(job.notebook), verbatim(folder / "notebook.ipynb"), job.about["parameters"], cwd=str(job.notebook.parent),
-                                       stdout_file=stdout, kernel_name="python3", language="python", kernel_manager_class=Kernel, progress_bar=False)
+        with open(folder / "stdout.txt", "w", encoding="utf-8") as stdout, open(folder / "log.txt", "wb") as log:
+            done = papermill.execute_notebook(
+                verbatim(job.notebook), verbatim(folder / "notebook.ipynb"), job.about["parameters"], cwd=str(job.notebook.parent),
+                stdout_file=stdout, kernel_name="python3", language="python", kernel_manager_class=Kernel, progress_bar=False,
+                timeout_func=until and (lambda cell: max(until - time.monotonic(), 0.01)))
+        if any(cell.metadata.papermill.get("exception") for cell in done.cells):     # papermill takes sys.exit(0) for a good end
+            return SystemExit("a cell ended the run; those after it did not run"), Kernel.peak
+    except CellTimeoutError:
+        return TimeoutError(f"not finished after {job.timeout} s"), Kernel.peak
     except Exception as error:                                   # what a cell raised, or a kernel that died
         if isinstance(error, OSError) and not isinstance(error, TimeoutError):
             raise
@@ -292,13 +305,16 @@ def _execute(job: Job, folder: Path) -> tuple[Exception | None, float | None]:
 
 
 def peak_mb(pid: int) -> float:
-    """Most memory that a process has held; where the system does not say, what it holds now."""
-    with suppress(OSError):
-        return int(re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())[1]) / 2 ** 10
-    return psutil.Process(pid).memory_info().rss / 2 ** 20
+    """Most memory that a process has held, in MB; where the system does not say, what it holds now."""
+    with suppress(OSError):                                      # Linux says it here; psutil knows only Windows' peak
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+        if peak := re.search(r"VmHWM:\s+(\d+) kB", status):
+            return int(peak[1]) / 2 ** 10
+    memory = psutil.Process(pid).memory_info()
+    return getattr(memory, "peak_wset", memory.rss) / 2 ** 20
 
 
-def keep(job: Job, partial: Path, error: Exception | None, **measured) -> dict:
+def keep(job: Job, partial: Path, error: BaseException | None, **measured) -> dict:
     """Write result.json, with which the folder is whole, and give it its name."""
     notebook = partial / "notebook.ipynb"
     said = error and f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}".strip().splitlines()[0]
@@ -306,7 +322,7 @@ def keep(job: Job, partial: Path, error: Exception | None, **measured) -> dict:
     declared = {k: v for cell in cells for output in cell.get("outputs", []) for k, v in output.get("data", {}).get(MIME, {}).items()}
     result = {"status": "failed" if error else "passed", "error": said, "results": declared, "claims": count_claims(cells), **measured, **job.about,
               "versions": {"python": platform.python_version(), "torch": version("torch"), "numpy": version("numpy")}}
-    (partial / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    (partial / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(job.folder, ignore_errors=True)
     os.replace(partial, job.folder)
     return result
@@ -319,10 +335,15 @@ def count_claims(cells: list) -> int:
 
 
 def stop(out: Path):
-    """Kill the kernels that run for `out` in this process; their runs leave nothing."""
+    """Kill the kernels that run for `out` in this process, and what they started; their runs leave
+    nothing, also one whose kernel is only about to start."""
     for folder in [folder for folder in KERNELS if folder.parent == out]:
-        with suppress(TypeError, ProcessLookupError):            # not started yet, or ended just now
-            os.killpg(KERNELS.pop(folder), signal.SIGKILL)
+        if pid := KERNELS.pop(folder, None):
+            with suppress(psutil.NoSuchProcess):
+                kernel = psutil.Process(pid)
+                for process in [*kernel.children(recursive=True), kernel]:
+                    with suppress(psutil.NoSuchProcess):
+                        process.kill()
 
 
 def sweep(out: Path):
@@ -337,7 +358,7 @@ def sweep(out: Path):
 def read(folder: Path) -> dict:
     """A run's result; of status "unreadable" if there is none, or not a whole one."""
     try:
-        result = json.loads((folder / "result.json").read_text())
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         return {"run": folder.name, **{name: result[name] for name in FIELDS}}
     except (OSError, ValueError, TypeError, KeyError) as error:
         return {"run": folder.name, "status": "unreadable", "error": f"no whole result.json: {error!r}", "fingerprint": {}}
@@ -359,7 +380,7 @@ def connect(args):
         if args.scheduler or args.slurm:
             return Client(args.scheduler or slurm_cluster(args.slurm, args.dashboard), timeout=20)
     except ImportError as error:
-        raise ImportError(f"{error}; to run on more than one worker: pip install mythos-core[cluster]") from error
+        raise ImportError(f"{error}; to run on more than one worker: pip install distributed dask-jobqueue") from error
     ours = signal.signal(signal.SIGINT, signal.SIG_IGN)         # Ctrl-C reaches every process of a terminal; this one alone answers
     client = Client(n_workers=args.workers, threads_per_worker=1, memory_limit=0, dashboard_address=":0" if args.dashboard else None,
                     silence_logs=50, preload=["import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"])
@@ -431,7 +452,13 @@ def finish(client, out: Path):
 def report(out: Path):
     """Table, summary and index of the runs in a folder, by the notebook beside this module."""
     error, _ = _execute(Job(CORE / "report.ipynb", out, 0, {"parameters": {"out": str(out)}}), out)
-    print((out / "stdout.txt").read_text() + (f"no report: {error}" if error else f"report in {out / 'index.html'}"))
+    print((out / "stdout.txt").read_text(encoding="utf-8") + (f"no report: {error}" if error else f"report in {out / 'index.html'}"))
+
+
+def reported(jobs: list[Job], out: Path) -> bool:
+    """Whether the report is newer than these runs, which are all up to date."""
+    page = out / "index.html"
+    return page.exists() and max(job.folder.joinpath("result.json").stat().st_mtime for job in jobs) <= page.stat().st_mtime
 
 
 def publish(job: Job):
@@ -442,19 +469,8 @@ def publish(job: Job):
     nbformat.write(notebook, job.notebook)
 
 
-def batch(args) -> int:
-    """What the command line asks for; the exit code."""
-    for wrong, why in ((args.workers < 1, f"--workers {args.workers}: must be at least 1"), (args.publish and args.grid, "--publish takes no --grid"),
-                       (args.slurm and not shutil.which("sbatch"), "--slurm: there is no sbatch here")):
-        if wrong:
-            raise ValueError(why)
-    out, share = args.out.resolve(), None if args.scheduler or args.slurm else max(1, (os.cpu_count() or 1) // args.workers)
-    jobs = plan([notebook.resolve() for notebook in args.notebooks], parse_grid(args.grid), out, int(os.environ.get("OMP_NUM_THREADS") or share or 0))
-    states = {job.folder.name: state(job) for job in jobs}
-    print("; ".join(f"{number} {what}" for what, number in Counter(states.values()).items()))
-    if args.dry_run:
-        print("\n".join(f"{name}: {what}" for name, what in states.items()))
-        return 0
+def work(todo: list[Job], args, out: Path):
+    """Run what is to be run, on the workers asked for."""
     client = connect(args)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -463,10 +479,39 @@ def batch(args) -> int:
             if set(client.nthreads().values()) - {1}:
                 raise ValueError("workers must have one thread each (dask worker --nthreads 1): papermill is not safe in threads")
             print(f"dashboard: {client.dashboard_link}\n" if args.dashboard else "", end="")
-        follow([job for job in jobs if states[job.folder.name] != "up to date"], client, args.retries)
+        follow(todo, client, args.retries)
     finally:
         finish(client, out)
-    report(out)
+
+
+def _check(args):
+    """ValueError for options that cannot be had, or not together."""
+    if args.workers < 1:
+        raise ValueError(f"--workers {args.workers}: must be at least 1")
+    if args.timeout is not None and args.timeout < 1:
+        raise ValueError(f"--timeout {args.timeout}: must be at least 1 second")
+    if args.publish and args.grid:
+        raise ValueError("--publish takes no --grid")
+    if args.slurm and not shutil.which("sbatch"):
+        raise ValueError("--slurm: there is no sbatch here")
+
+
+def batch(args) -> int:
+    """What the command line asks for; the exit code."""
+    _check(args)
+    out, share = args.out.resolve(), None if args.scheduler or args.slurm else max(1, (os.cpu_count() or 1) // args.workers)
+    threads = int(os.environ.get("OMP_NUM_THREADS") or share or 0)
+    jobs = plan([notebook.resolve() for notebook in args.notebooks], parse_grid(args.grid), out, threads, args.timeout)
+    states = {job.folder.name: state(job) for job in jobs}
+    print("; ".join(f"{number} {what}" for what, number in Counter(states.values()).items()))
+    if args.dry_run:
+        print("\n".join(f"{name}: {what}" for name, what in states.items()))
+        return 0
+    sweep(out)
+    if todo := [job for job in jobs if states[job.folder.name] != "up to date"]:
+        work(todo, args, out)
+    if todo or not reported(jobs, out):
+        report(out)
     runs = [read(job.folder) for job in jobs]
     for result in runs[:50]:
         print(f"{result['seconds'] or 0:8.1f} s {result['peak_mb'] or 0:6.0f} MB {result['claims']:3d} claims  {result['run']}")
@@ -485,6 +530,7 @@ def main(argv=None) -> int:
     parser.add_argument("--workers", type=int, default=1, help="runs at a time; each gets OMP_NUM_THREADS threads, or its share of the cores")
     parser.add_argument("--scheduler", metavar="ADDRESS", help="of a dask cluster to use instead, such as tcp://host:8786")
     parser.add_argument("--slurm", metavar="OPTIONS", help="Slurm jobs to use instead, such as partition=gpu,cores=8,memory=32GB,jobs=20")
+    parser.add_argument("--timeout", type=int, metavar="SECONDS", help="limit for the cells of a run together; one that is not finished then has failed")
     parser.add_argument("--retries", type=int, default=0, help="times that a failing notebook is tried again")
     parser.add_argument("--dashboard", action="store_true", help="print the address of dask's dashboard")
     parser.add_argument("--dry-run", action="store_true", help="list the runs and what there is of them")
@@ -494,10 +540,16 @@ def main(argv=None) -> int:
         return batch(args) if str(args.notebooks[0]) != "report" else report(args.notebooks[-1].resolve()) or 0
     except (ValueError, TypeError, OSError, ImportError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "\nstopped; the same command goes on\n")
+    except KeyboardInterrupt as stopped:
+        parser.exit(stopped.args[0] if stopped.args else 130, "\nstopped; the same command goes on\n")
+
+
+def _terminate(number: int, frame):
+    """SIGTERM ends a batch as Ctrl-C does, with an exit code of its own."""
+    raise KeyboardInterrupt(128 + number)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _terminate)
     from mythos_core import batch as imported  # what is in __main__ would be sent to workers by value
     sys.exit(imported.main())

@@ -21,6 +21,7 @@ from mythos_core.batch import main, parse_grid, read
 
 ROOT = Path(__file__).parent.parent
 PYTHON = [sys.executable, "-m", "mythos_core.batch"]
+posix = pytest.mark.skipif(os.name != "posix", reason="signals and process groups as POSIX has them")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
@@ -78,7 +79,7 @@ def test_parse_grid(tmp_path):
     assert parse_grid(["seed=-1:2"]) == [{"seed": s} for s in (-1, 0, 1)]
     assert parse_grid(["name='a, b','c'", "flag=True", "list=[1, 2],[]"]) == [{"name": n, "flag": True, "list": x} for n in ("a, b", "c") for x in ([1, 2], [])]
     file = tmp_path / "names.json"
-    file.write_text('{"here": {"list": ["x, y", "z"], "object": {"k": 1, "l": 2}}}')
+    file.write_text('{"here": {"list": ["x, y", "z"], "object": {"k": 1, "l": 2}}}', encoding="utf-8")
     assert parse_grid([f"a=@{file}:here.list", f"b=@{file}:here.object"]) == [{"a": a, "b": b} for a in ("x, y", "z") for b in "kl"]
     for bad in ("seed", "seed=", "=1", "seed=1,,2", "a b=1", "seed=3:3", "name='a, b',c", f"a=@{file}:here.nothing", f"a=@{file}:here.list.x"):
         with pytest.raises(ValueError, match=re.escape(f"--grid {bad!r}")):
@@ -99,7 +100,7 @@ def test_a_command_is_read_as_it_is_written(tmp_path, good):
     (["--grid", "sed=1"], "--grid sed: not a parameter of good.ipynb, which has ['name', 'none', 'parts', 'rate', 'seed']"),
     (["--grid", "seed=a"], "--grid seed='a': must be int, as seed = 0 in good.ipynb"), (["--grid", "seed=True"], "--grid seed=True: must be int"),
     (["--grid", "name=1"], "--grid name=1: must be str"), (["--grid", "rate=x"], "--grid rate='x': must be float"), (["--grid", "seed=2:2"], "not empty"),
-    (["--grid", "seed=1,1"], "is there twice"), (["--workers", "0"], "--workers 0"), (["missing.ipynb"], "missing.ipynb"),
+    (["--grid", "seed=1,1"], "is there twice"), (["--workers", "0"], "--workers 0"), (["--timeout", "0"], "--timeout 0"), (["missing.ipynb"], "missing.ipynb"),
     (["--publish", "--grid", "seed=1"], "--publish takes no --grid"), (["--slurm", "cores=1,memory=1GB"], "no sbatch"),
     (["--grid", "name=@nothing.json:a"], "nothing.json")])
 def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, good, capsys, arguments, named):
@@ -113,7 +114,7 @@ def test_more_workers_need_dask_and_one_does_not(tmp_path, good, no_report, caps
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(SystemExit) as stop:
         main([good, "--workers", "2", "--out", str(tmp_path / "out")])
-    assert stop.value.code == 2 and "pip install mythos-core[cluster]" in capsys.readouterr().err
+    assert stop.value.code == 2 and "pip install distributed" in capsys.readouterr().err
     assert main([good, "--out", str(tmp_path / "out")]) == 0
 
 
@@ -260,12 +261,12 @@ def test_24_runs_on_two_workers_and_again(tmp_path, good, capsys, monkeypatch):
         seed, folder = run["parameters"]["seed"], out / run["run"]
         cells = nbformat.read(folder / "notebook.ipynb", 4).cells
         assert f"seed = {seed}\n" in "".join(cell.source for cell in cells)
-        assert "of the kernel" in (folder / "log.txt").read_text() and 10 < run["peak_mb"] < 2000 and 0 < run["seconds"] < 100
+        assert "of the kernel" in (folder / "log.txt").read_text(encoding="utf-8") and 10 < run["peak_mb"] < 2000 and 0 < run["seconds"] < 100
         assert set(run["versions"]) == {"python", "torch", "numpy"} and len(run["commit"]) == 40 and len(run["fingerprint"]) == 2
         if seed < 11:
             assert (run["status"], run["error"], run["claims"]) == ("passed", None, 2)
             assert run["results"] == {"score": seed / 2, "threads": "3", "trims": False, "whole": {"16": 1.0, "64": seed / 10}}
-            assert (folder / "stdout.txt").read_text().splitlines() == [f"PASS  seed {seed}", f"PASS  name {run['parameters']['name']}"]
+            assert (folder / "stdout.txt").read_text(encoding="utf-8").splitlines() == [f"PASS  seed {seed}", f"PASS  name {run['parameters']['name']}"]
         else:
             assert (run["status"], run["error"], run["claims"]) == ("failed", "AssertionError: too large", 0)
             (error,) = [o for cell in cells for o in cell.get("outputs", []) if o.output_type == "error"]
@@ -282,30 +283,31 @@ def test_24_runs_on_two_workers_and_again(tmp_path, good, capsys, monkeypatch):
         other.setattr(batch, "core_hash", lambda: "another")
         main([*command, "--dry-run"])
     assert "24 stale, core changed" in capsys.readouterr().out and core == batch.core_hash()
-    source = Path(good).read_text()
-    Path(good).write_text(source.replace("too large", "no"))
+    source = Path(good).read_text(encoding="utf-8")
+    Path(good).write_text(source.replace("too large", "no"), encoding="utf-8")
     main([*command, "--dry-run"])
     assert "24 stale, notebook changed" in capsys.readouterr().out
-    Path(good).write_text(source.replace("# a notebook", "# its prose"))
+    Path(good).write_text(source.replace("# a notebook", "# its prose"), encoding="utf-8")
     main([*command, "--dry-run"])
     assert "22 up to date; 2 failed" in capsys.readouterr().out
 
 
 def the_report(out, runs):
-    with open(out / "table.csv") as file:
+    with open(out / "table.csv", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
     assert [(int(row["seed"]), row["name"]) for row in table] == [(seed, name) for seed in range(12) for name in "ab"]
     assert [float(row["whole.64"]) for row in table if row["status"] == "passed"] == [seed / 10 for seed in range(11) for _ in "ab"]
     pyarrow = pytest.importorskip("pyarrow.parquet")
     assert pyarrow.read_table(out / "table.parquet").column("seed").to_pylist() == [seed for seed in range(12) for _ in "ab"]
-    rows = json.loads((out / "results.json").read_text())
+    rows = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert len(rows) == 22 and {"seed", "name", "score", "whole", "command", "commit", "versions"} <= set(rows[0]) and rows[4]["score"] == 1.0
     assert (out / "summary.png").stat().st_size > 5000
-    page = (out / "index.html").read_text()
+    page = (out / "index.html").read_text(encoding="utf-8")
     assert "22 passed, 2 failed" in page and all((out / link).exists() for link in re.findall('(?:href|src)=["\'](.*?)["\']', page))
     assert page.count("notebook.ipynb</a>") == 24 and "AssertionError: too large" in page
 
 
+@posix
 def test_a_killed_worker_s_run_is_made_elsewhere_and_one_that_kills_them_all_fails_alone(tmp_path, no_report, capsys):
     kill = "import os, time, pathlib\nmark = pathlib.Path(name)\nif name == 'always' or name == 'once' and not mark.exists():\n    mark.touch()\n" \
            "    os.kill(os.getppid(), 9)\n    time.sleep(60)\ntime.sleep(1)"
@@ -327,7 +329,7 @@ def test_a_failing_notebook_is_tried_again(tmp_path, no_report, capsys):
     notebook = write(tmp_path / "flaky.ipynb", ("seed = 0", "parameters"), (source,))
     assert main([notebook, "--grid", "seed=0,1", "--retries", "1", "--out", str(tmp_path / "out")]) == 1
     assert "1 passed, 1 failed" in capsys.readouterr().out
-    assert [(tmp_path / name).read_text() for name in "01"] == ["xx", "xx"]
+    assert [(tmp_path / name).read_text(encoding="utf-8") for name in "01"] == ["xx", "xx"]
 
 
 def test_a_kernel_that_dies_is_a_failure_of_its_run_alone(tmp_path, no_report, capsys):
@@ -336,7 +338,70 @@ def test_a_kernel_that_dies_is_a_failure_of_its_run_alone(tmp_path, no_report, c
     assert "1 passed, 1 failed" in (printed := capsys.readouterr().out) and "DeadKernelError: Kernel died" in printed
 
 
+# How a run ends
+
+@pytest.mark.parametrize("source", ["import sys\nsys.exit(0)", "raise SystemExit"])
+def test_a_cell_that_ends_the_notebook_early_fails_the_run(tmp_path, source, no_report, capsys):
+    notebook = write(tmp_path / "early.ipynb", (source,), ("print('later')",))
+    for _ in range(2):                                           # not up to date at the second try
+        assert main([notebook, "--out", str(tmp_path / "out")]) == 1
+        printed = capsys.readouterr().out
+        assert "SystemExit: a cell ended the run; those after it did not run" in printed
+    assert read(next((tmp_path / "out").iterdir()))["status"] == "failed"
+
+
+def test_a_run_ends_at_its_time_limit_alone(tmp_path, no_report, capsys):
+    """The limit is of all cells together; the second hangs where no interrupt reaches it."""
+    hang = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    notebook = write(tmp_path / "hang.ipynb", ("seed = 0", "parameters"), ("import time\ntime.sleep(1)",),
+                     (f"{hang}while seed:\n    pass",))
+    start = time.monotonic()
+    limited = [notebook, "--grid", "seed=0,1", "--timeout", "4"]
+    assert main([*limited, "--out", str(tmp_path / "out")]) == 1
+    assert "1 passed, 1 failed" in (printed := capsys.readouterr().out)
+    assert "TimeoutError: not finished after 4 s" in printed
+    assert time.monotonic() - start < 20 and not kernels(psutil.Process())
+    runs = [read(tmp_path / "out" / name) for name in folders(tmp_path / "out")]
+    assert {run["parameters"]["seed"]: run["seconds"] > 4 for run in runs} == {0: False, 1: True}
+
+
+def test_what_a_system_without_proc_and_process_groups_can_do(tmp_path, monkeypatch):
+    """As macOS and Windows: the memory of a process, and an end to it and to what it started."""
+    def no_proc(path, encoding):
+        raise FileNotFoundError(path)
+
+    sleep = "import time; time.sleep(20)"
+    start = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {sleep!r}]); {sleep}"
+    with subprocess.Popen([sys.executable, "-c", start]) as process:
+        until(lambda: psutil.Process(process.pid).children())
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children()]
+        with monkeypatch.context() as other:
+            other.delattr(os, "killpg", raising=False)
+            other.setattr(Path, "read_text", no_proc)
+            assert 1 < batch.peak_mb(process.pid) < 1000
+            other.setitem(batch.KERNELS, tmp_path / "run", process.pid)
+            other.setitem(batch.KERNELS, tmp_path / "starting", None)
+            batch.stop(tmp_path)
+        assert not [folder for folder in batch.KERNELS if folder.parent == tmp_path]
+        until(lambda: not any(map(alive, family)), 10)
+
+
 # Stopped and gone on with
+
+def test_when_nothing_is_to_be_done_neither_workers_nor_a_report_are_started(
+        tmp_path, good, capsys, monkeypatch):
+    command, reports = [good, "--out", str(tmp_path / "out")], []
+    monkeypatch.setattr(batch, "report", lambda out: reports.append(page.touch()))
+    page = tmp_path / "out" / "index.html"
+    assert main(command) == 0 and len(reports) == 1
+    monkeypatch.setattr(batch, "connect", lambda args: pytest.fail("workers were started"))
+    assert main([*command, "--workers", "2"]) == 0 and len(reports) == 1
+    assert "1 up to date\n" in (printed := capsys.readouterr().out) and "1 passed, 0 failed" in printed
+    os.utime(page, (0, 0))                                       # stopped between a run and its report
+    assert main(command) == 0 and len(reports) == 2
+    page.unlink()
+    assert main(command) == 0 and len(reports) == 3
+
 
 @pytest.fixture
 def slow(tmp_path):
@@ -344,14 +409,17 @@ def slow(tmp_path):
 
 
 def start(notebook, out, *options):
+    """A batch as a process, when two of its runs are whole and its workers are at the next."""
+    workers = int(options[-1])
     process = subprocess.Popen([*PYTHON, notebook, "--grid", "seed=0:4", *options, "--out", str(out)], env=ENVIRONMENT, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               stderr=subprocess.PIPE, text=True, encoding="utf-8", start_new_session=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # it may be ignored here, as in a background job
-    until(lambda: out.exists() and len(list(out.glob("*/result.json"))) == 2 and len(list(out.glob("*.partial/notebook.ipynb"))) == 2)
-    until(lambda: len(kernels(psutil.Process(process.pid))) == 2)
+    until(lambda: out.exists() and len(list(out.glob("*/result.json"))) == 2 and len(list(out.glob("*.partial/notebook.ipynb"))) == workers)
+    until(lambda: len(kernels(psutil.Process(process.pid))) == workers)
     return process
 
 
+@posix
 def test_a_killed_batch_goes_on_where_it_was(tmp_path, slow, no_report, capsys):
     out = tmp_path / "out"
     process = start(slow, out, "--workers", "2")
@@ -367,16 +435,24 @@ def test_a_killed_batch_goes_on_where_it_was(tmp_path, slow, no_report, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in out.glob("*/result.json")}
 
 
-def test_ctrl_c_leaves_no_kernel_no_worker_and_no_partial_folder(tmp_path, slow):
+@posix
+@pytest.mark.parametrize("number, workers, whom", [
+    (signal.SIGINT, "2", "all"), (signal.SIGTERM, "1", "the batch")])
+def test_a_batch_told_to_stop_leaves_no_kernel_no_worker_and_no_partial_folder(
+        tmp_path, slow, number, workers, whom):
+    """By Ctrl-C, which a terminal sends to every process, or SIGTERM, as Slurm and systemd do."""
     out = tmp_path / "out"
-    process = start(slow, out, "--workers", "2")
-    children, running = psutil.Process(process.pid).children(recursive=True), kernels(psutil.Process(process.pid))
-    os.killpg(process.pid, signal.SIGINT)                        # as a terminal does: to every process
+    process = start(slow, out, "--workers", workers)
+    children = psutil.Process(process.pid).children(recursive=True)
+    running = kernels(psutil.Process(process.pid))
+    (os.killpg if whom == "all" else os.kill)(process.pid, number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "the same command goes on" in errors and "Traceback" not in errors
-    assert len(running) == 2 and not any(alive(kernel) for kernel in running)
+    assert process.returncode == 128 + number and "the same command goes on" in errors
+    assert "Traceback" not in errors
+    assert len(running) == int(workers) and not any(alive(kernel) for kernel in running)
     until(lambda: not any(map(alive, children)), 10)
-    assert len(folders(out)) == 2 and all(read(out / name)["status"] == "passed" for name in folders(out))
+    assert len(folders(out)) == 2
+    assert all(read(out / name)["status"] == "passed" for name in folders(out))
 
 
 # Other machines
@@ -389,7 +465,7 @@ def cluster(tmp_path):
         command = [sys.executable, "-m", "dask", *what, "--scheduler-file", str(file)]
         started.append(subprocess.Popen(command, env=ENVIRONMENT, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
     until(file.exists)
-    yield json.loads(file.read_text())["address"]
+    yield json.loads(file.read_text(encoding="utf-8"))["address"]
     for process in reversed(started):
         process.terminate()
         process.wait(20)
@@ -445,6 +521,8 @@ def mounted(tmp_path):
     """A small file system of its own."""
     folder = tmp_path / "mounted"
     folder.mkdir()
+    if not sys.platform.startswith("linux"):
+        pytest.skip("mounts a file system as Linux does")
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)], capture_output=True, check=False).returncode:
         pytest.skip("no right to mount")
     yield folder
@@ -473,7 +551,7 @@ def test_a_stale_result_stays_until_the_new_one_is_whole(tmp_path, good, no_repo
     out = tmp_path / "out"
     assert main([good, "--out", str(out)]) == 0
     (name,) = folders(out)
-    Path(good).write_text(Path(good).read_text().replace("too large", "no"))
+    Path(good).write_text(Path(good).read_text(encoding="utf-8").replace("too large", "no"), encoding="utf-8")
     with monkeypatch.context() as other, pytest.raises(SystemExit):
         other.setattr(batch, "keep", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left")))
         main([good, "--out", str(out)])
@@ -486,15 +564,15 @@ def test_a_damaged_result_is_named_and_the_rest_reported(tmp_path, good, capsys)
     out = tmp_path / "out"
     assert main([good, "--grid", "seed=0:4", "--out", str(out)]) == 0
     first, second, third, fourth = folders(out)
-    (out / fourth / "result.json").write_text('{"status": "passed"}')
-    (out / first / "result.json").write_text('{"status": "pas')
+    (out / fourth / "result.json").write_text('{"status": "passed"}', encoding="utf-8")
+    (out / first / "result.json").write_text('{"status": "pas', encoding="utf-8")
     (out / second / "result.json").unlink()
     capsys.readouterr()
     assert main(["report", str(out)]) == 0
     printed = capsys.readouterr().out
     assert all(f"{name}: no whole result.json" in printed for name in (first, second, fourth)) and third not in printed
-    assert [row["seed"] for row in json.loads((out / "results.json").read_text())] == [2]
-    assert first in (out / "index.html").read_text()
+    assert [row["seed"] for row in json.loads((out / "results.json").read_text(encoding="utf-8"))] == [2]
+    assert first in (out / "index.html").read_text(encoding="utf-8")
     assert main([good, "--grid", "seed=0:4", "--out", str(out), "--dry-run"]) == 0
     assert "3 missing; 1 up to date" in capsys.readouterr().out
 
@@ -533,6 +611,6 @@ def test_publish_puts_the_executed_notebook_in_place(tmp_path, good, no_report):
 
 def test_publish_leaves_notebooks_alone_when_one_fails(tmp_path, good, no_report):
     bad = write(tmp_path / "bad.ipynb", ("1 / 0",))
-    before = Path(good).read_text()
+    before = Path(good).read_text(encoding="utf-8")
     assert main([good, bad, "--publish", "--out", str(tmp_path / "out")]) == 1
-    assert Path(good).read_text() == before
+    assert Path(good).read_text(encoding="utf-8") == before
