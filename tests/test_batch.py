@@ -16,8 +16,14 @@ import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from mythos_core import batch, study
-from mythos_core.batch import main, parse_grid, read
+from mythos_core import study
+from mythos_core.batch import __main__ as command_line
+from mythos_core.batch import cluster as workers
+from mythos_core.batch import plan as planning
+from mythos_core.batch import read, record
+from mythos_core.batch import run as running
+from mythos_core.batch.__main__ import main
+from mythos_core.batch.grid import parse_grid
 
 ROOT = Path(__file__).parent.parent
 PYTHON = [sys.executable, "-m", "mythos_core.batch"]
@@ -34,7 +40,8 @@ def write(path, *cells):
 
 
 # results() as notebooks call it, without the seconds that importing the package takes
-DECLARE = f"from IPython.display import display\ndef results(**values):\n    display({{'{batch.MIME}': values}}, raw=True)"
+DECLARE = ("from IPython.display import display\ndef results(**values):\n"
+           f"    display({{'{record.MIME}': values}}, raw=True)")
 
 
 @pytest.fixture
@@ -49,7 +56,7 @@ def good(tmp_path):
 @pytest.fixture
 def no_report(monkeypatch):
     """For tests that do not look at it."""
-    monkeypatch.setattr(batch, "report", lambda out: None)
+    monkeypatch.setattr(command_line, "report", lambda out: None)
 
 
 def folders(out):
@@ -90,7 +97,7 @@ def test_parse_grid(tmp_path):
 
 def test_a_command_is_read_as_it_is_written(tmp_path, good):
     given = {"seed": 3, "name": "it's, \"so\"", "rate": 1, "none": "x", "parts": [1, "b"]}
-    (job,) = batch.plan([Path(good)], [given], tmp_path, 1)
+    (job,) = planning.plan([Path(good)], [given], tmp_path, 1)
     assert (parameters := job.about["parameters"]) == {**given, "rate": 1.0} and isinstance(parameters["rate"], float)
     options = [word for word in shlex.split(job.about["command"])[3:] if word != "--grid"]
     assert Path(options[0]).resolve() == Path(good) and parse_grid(options[1:]) == [parameters]
@@ -136,9 +143,9 @@ def test_what_arrives_in_the_notebook_is_what_was_asked_for(tmp_path):
     asked = dict(zip("abcdefghijk", VALUES))
     source = "\n".join(f"{name} = None" for name in asked) + f"\nasked = {list(asked)}"
     notebook = save(tmp_path / "types.ipynb", source)
-    (job,) = batch.plan([notebook], [asked], tmp_path / "out", 1)
+    (job,) = planning.plan([notebook], [asked], tmp_path / "out", 1)
     (tmp_path / "out").mkdir()
-    assert batch.run(job)["error"] is None
+    assert running.run(job)["error"] is None
     assert (job.folder / "stdout.txt").read_text(encoding="utf-8") == f"{asked}\n"
     assert read(job.folder)["parameters"] == json.loads(json.dumps(asked))
     words = shlex.split(job.about["command"])[4:]
@@ -149,7 +156,7 @@ def test_what_arrives_in_the_notebook_is_what_was_asked_for(tmp_path):
 def test_a_value_that_would_change_on_its_way_is_refused(tmp_path, value):
     notebook = save(tmp_path / "n.ipynb", "r = None")
     with pytest.raises(ValueError, match=re.escape(f"--grid r={value!r}: must be")):
-        batch.plan([notebook], [{"r": value}], tmp_path, 1)
+        planning.plan([notebook], [{"r": value}], tmp_path, 1)
 
 
 @pytest.mark.parametrize("default, value, arrives", [
@@ -159,9 +166,9 @@ def test_a_value_has_the_type_of_the_default(tmp_path, default, value, arrives):
     notebook = save(tmp_path / "n.ipynb", f"r = {default}")
     if arrives is ValueError:
         with pytest.raises(ValueError, match=re.escape(f"--grid r={value!r}: must be ")):
-            batch.plan([notebook], [{"r": value}], tmp_path, 1)
+            planning.plan([notebook], [{"r": value}], tmp_path, 1)
     else:
-        (job,) = batch.plan([notebook], [{"r": value}], tmp_path, 1)
+        (job,) = planning.plan([notebook], [{"r": value}], tmp_path, 1)
         assert repr(job.about["parameters"]["r"]) == repr(arrives)
 
 
@@ -172,7 +179,7 @@ def test_a_value_has_the_type_of_the_default(tmp_path, default, value, arrives):
     ("%matplotlib inline\nsize = 2 ** 4", {"size": 8}), ("late: int", {"late": 1}),
     ("text = '''x = 1\ny = 2'''", {"text": "z"}), ("d = {}\nd['k'] = 1", {"d": {"a": 1}})])
 def test_legal_assignments_are_parameters(tmp_path, cell, given):
-    (job,) = batch.plan([save(tmp_path / "n.ipynb", cell)], [given], tmp_path, 1)
+    (job,) = planning.plan([save(tmp_path / "n.ipynb", cell)], [given], tmp_path, 1)
     assert job.about["parameters"] == given
 
 
@@ -185,7 +192,7 @@ def test_legal_assignments_are_parameters(tmp_path, cell, given):
     ("text = '''x = 1\ny = 2'''", {"y": 1}, "which has ['text']")])
 def test_what_is_no_parameter_or_no_such_type_is_refused(tmp_path, cell, given, named):
     with pytest.raises(ValueError, match=re.escape(named)):
-        batch.plan([save(tmp_path / "n.ipynb", cell)], [given], tmp_path, 1)
+        planning.plan([save(tmp_path / "n.ipynb", cell)], [given], tmp_path, 1)
 
 
 def test_one_code_with_other_data_beside_it_is_another_run(tmp_path, no_report, capsys):
@@ -272,17 +279,17 @@ def test_24_runs_on_two_workers_and_again(tmp_path, good, capsys, monkeypatch):
             (error,) = [o for cell in cells for o in cell.get("outputs", []) if o.output_type == "error"]
             assert "too large" in "".join(error.traceback)
     the_report(out, runs)
-    monkeypatch.setattr(batch, "report", lambda out: None)
+    monkeypatch.setattr(command_line, "report", lambda out: None)
     written = {name: (out / name / "result.json").stat().st_mtime_ns for name in folders(out)}
     assert main([*command[:-4], "--out", str(out)]) == 1         # in this process now: what failed is run again, nothing else
     assert "22 up to date; 2 failed" in capsys.readouterr().out
     again = [name for name in folders(out) if (out / name / "result.json").stat().st_mtime_ns != written[name]]
     assert [name.startswith("good-seed=11") for name in again] == [True, True]
-    core = batch.core_hash()
+    core = planning.core_hash()
     with monkeypatch.context() as other:
-        other.setattr(batch, "core_hash", lambda: "another")
+        other.setattr(planning, "core_hash", lambda: "another")
         main([*command, "--dry-run"])
-    assert "24 stale, core changed" in capsys.readouterr().out and core == batch.core_hash()
+    assert "24 stale, core changed" in capsys.readouterr().out and core == planning.core_hash()
     source = Path(good).read_text(encoding="utf-8")
     Path(good).write_text(source.replace("too large", "no"), encoding="utf-8")
     main([*command, "--dry-run"])
@@ -378,11 +385,11 @@ def test_what_a_system_without_proc_and_process_groups_can_do(tmp_path, monkeypa
         with monkeypatch.context() as other:
             other.delattr(os, "killpg", raising=False)
             other.setattr(Path, "read_text", no_proc)
-            assert 1 < batch.peak_mb(process.pid) < 1000
-            other.setitem(batch.KERNELS, tmp_path / "run", process.pid)
-            other.setitem(batch.KERNELS, tmp_path / "starting", None)
-            batch.stop(tmp_path)
-        assert not [folder for folder in batch.KERNELS if folder.parent == tmp_path]
+            assert 1 < running.peak_mb(process.pid) < 1000
+            other.setitem(running.KERNELS, tmp_path / "run", process.pid)
+            other.setitem(running.KERNELS, tmp_path / "starting", None)
+            running.stop(tmp_path)
+            assert not [folder for folder in running.KERNELS if folder.parent == tmp_path]
         until(lambda: not any(map(alive, family)), 10)
 
 
@@ -391,10 +398,10 @@ def test_what_a_system_without_proc_and_process_groups_can_do(tmp_path, monkeypa
 def test_when_nothing_is_to_be_done_neither_workers_nor_a_report_are_started(
         tmp_path, good, capsys, monkeypatch):
     command, reports = [good, "--out", str(tmp_path / "out")], []
-    monkeypatch.setattr(batch, "report", lambda out: reports.append(page.touch()))
+    monkeypatch.setattr(command_line, "report", lambda out: reports.append(page.touch()))
     page = tmp_path / "out" / "index.html"
     assert main(command) == 0 and len(reports) == 1
-    monkeypatch.setattr(batch, "connect", lambda args: pytest.fail("workers were started"))
+    monkeypatch.setattr(workers, "connect", lambda args: pytest.fail("workers were started"))
     assert main([*command, "--workers", "2"]) == 0 and len(reports) == 1
     assert "1 up to date\n" in (printed := capsys.readouterr().out) and "1 passed, 0 failed" in printed
     os.utime(page, (0, 0))                                       # stopped between a run and its report
@@ -417,6 +424,23 @@ def start(notebook, out, *options):
     until(lambda: out.exists() and len(list(out.glob("*/result.json"))) == 2 and len(list(out.glob("*.partial/notebook.ipynb"))) == workers)
     until(lambda: len(kernels(psutil.Process(process.pid))) == workers)
     return process
+
+
+def test_a_run_that_is_stopped_while_its_kernel_starts_leaves_nothing(
+        tmp_path, slow, monkeypatch):
+    (job,) = planning.plan([Path(slow)], [{"seed": 3}], tmp_path / "out", 1)
+    job.folder.parent.mkdir()
+    before = psutil.Process().children()
+    original = running.AsyncKernelManager.start_kernel
+
+    async def stopped_meanwhile(manager, **options):
+        running.stop(job.folder.parent)
+        await original(manager, **options)
+
+    monkeypatch.setattr(running.AsyncKernelManager, "start_kernel", stopped_meanwhile)
+    with pytest.raises(InterruptedError, match="stopped"):
+        running.run(job)
+    assert not folders(job.folder.parent) and set(psutil.Process().children()) <= set(before)
 
 
 @posix
@@ -474,7 +498,7 @@ def cluster(tmp_path):
 def test_a_scheduler_and_workers_of_their_own(tmp_path, good, cluster, no_report, capsys, monkeypatch):
     command = [good, "--grid", "seed=0:4", "--scheduler", cluster, "--out", str(tmp_path / "out")]
     with monkeypatch.context() as other, pytest.raises(SystemExit) as stop:
-        other.setattr(batch, "core_hash", lambda: "another")
+        other.setattr(planning, "core_hash", lambda: "another")
         main(command)
     assert stop.value.code == 2 and "has another mythos_core" in capsys.readouterr().err
     assert folders(tmp_path / "out") == []
@@ -500,17 +524,18 @@ def test_no_scheduler_there(tmp_path, good, capsys, monkeypatch):
 
 def test_a_worker_that_does_not_see_the_folder_says_so(tmp_path):
     with pytest.raises(OSError, match="share the file system"):
-        batch.look(tmp_path / "elsewhere", batch.core_hash())
+        running.look(tmp_path / "elsewhere", planning.core_hash())
 
 
 def test_the_job_script_of_slurm():
-    with batch.slurm_cluster("partition=gpu,cores=8,memory=32GB,jobs=0,gres=gpu:1,time=01:00:00") as made:
+    asked = "partition=gpu,cores=8,memory=32GB,jobs=0,gres=gpu:1,time=01:00:00"
+    with workers.slurm_cluster(asked) as made:
         script = made.job_script()
         for line in ("#SBATCH --partition=gpu", "#SBATCH --cpus-per-task=8", "#SBATCH --mem=30G", "#SBATCH --gres=gpu:1", "#SBATCH -t 01:00:00",
                      "export OMP_NUM_THREADS=8"):
             assert line in script.splitlines(), script
         assert re.search(rf"{sys.executable} -m distributed.cli.dask_worker tcp://.* --nthreads 1$", script, re.M)
-    with batch.slurm_cluster("cores=8,memory=32GB,processes=4,jobs=0") as made:
+    with workers.slurm_cluster("cores=8,memory=32GB,processes=4,jobs=0") as made:
         assert "export OMP_NUM_THREADS=2" in made.job_script() and "--nworkers 4" in made.job_script()
 
 
@@ -553,7 +578,8 @@ def test_a_stale_result_stays_until_the_new_one_is_whole(tmp_path, good, no_repo
     (name,) = folders(out)
     Path(good).write_text(Path(good).read_text(encoding="utf-8").replace("too large", "no"), encoding="utf-8")
     with monkeypatch.context() as other, pytest.raises(SystemExit):
-        other.setattr(batch, "keep", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left")))
+        full = OSError(28, "No space left")
+        other.setattr(running, "keep", lambda *a, **k: (_ for _ in ()).throw(full))
         main([good, "--out", str(out)])
     assert folders(out) == [name] and read(out / name)["status"] == "passed"
     old = read(out / name)["fingerprint"]
@@ -583,10 +609,11 @@ def test_results_are_declared_as_json(capsys, monkeypatch):
     import torch
     shown = []
     monkeypatch.setattr("IPython.display.display", lambda data, raw: shown.append(data))
-    batch.results(a=torch.tensor([1.0, 2.0]), b=float("nan"), c={"x": torch.tensor(3)}, d="text")
-    assert shown[0][batch.MIME] == {"a": [1.0, 2.0], "b": None, "c": {"x": 3}, "d": "text"} and "d = text" in shown[0]["text/plain"]
+    record.results(a=torch.tensor([1.0, 2.0]), b=float("nan"), c={"x": torch.tensor(3)}, d="text")
+    assert shown[0][record.MIME] == {"a": [1.0, 2.0], "b": None, "c": {"x": 3}, "d": "text"}
+    assert "d = text" in shown[0]["text/plain"]
     monkeypatch.undo()
-    batch.results(accuracy=0.9)                                  # outside a notebook it prints
+    record.results(accuracy=0.9)                                  # outside a notebook it prints
     assert "accuracy" in capsys.readouterr().out
 
 
