@@ -7,7 +7,6 @@ proved, if the recipe says what the model is to be.
 import argparse
 import json
 import pickle
-import subprocess
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -24,6 +23,7 @@ from mythos_core.certificate import Certificate, certify
 from mythos_core.checkpoint import load, save, whole_steps
 from mythos_core.machines import Machine, machine
 from mythos_core.model import OpenMythos
+from mythos_core.provenance import commit
 from mythos_core.recipes import RECIPES, Recipe, get_recipe, recipe_for
 
 SAVE_EVERY = 100    # steps between checkpoints
@@ -141,13 +141,6 @@ def _train_alone(recipe: Recipe | str, seed: int) -> bytes:
     """A run pickled: tensors as numbers, not as handles on memory that ends with this process."""
     torch.set_num_threads(1)
     return pickle.dumps(train(recipe, seed, progress=False))
-
-
-def commit() -> str | None:
-    """The commit of the code that runs, if it runs from a repository."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
-                         capture_output=True, text=True, check=False)
-    return git.stdout.strip() if git.returncode == 0 else None
 
 
 def provenance(run: Run) -> dict:

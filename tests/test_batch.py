@@ -16,11 +16,18 @@ import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from mythos_core import batch, study
-from mythos_core.batch import main, parse_grid, read
+from mythos_core import study
+from mythos_core.batch import __main__ as command_line
+from mythos_core.batch import cluster as workers
+from mythos_core.batch import plan as planning
+from mythos_core.batch import read, record
+from mythos_core.batch import run as running
+from mythos_core.batch.__main__ import main
+from mythos_core.batch.grid import parse_grid
 
 ROOT = Path(__file__).parent.parent
 PYTHON = [sys.executable, "-m", "mythos_core.batch"]
+posix = pytest.mark.skipif(os.name != "posix", reason="signals and process groups as POSIX has them")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
@@ -33,7 +40,8 @@ def write(path, *cells):
 
 
 # results() as notebooks call it, without the seconds that importing the package takes
-DECLARE = f"from IPython.display import display\ndef results(**values):\n    display({{'{batch.MIME}': values}}, raw=True)"
+DECLARE = ("from IPython.display import display\ndef results(**values):\n"
+           f"    display({{'{record.MIME}': values}}, raw=True)")
 
 
 @pytest.fixture
@@ -48,7 +56,7 @@ def good(tmp_path):
 @pytest.fixture
 def no_report(monkeypatch):
     """For tests that do not look at it."""
-    monkeypatch.setattr(batch, "report", lambda out: None)
+    monkeypatch.setattr(command_line, "report", lambda out: None)
 
 
 def folders(out):
@@ -89,7 +97,7 @@ def test_parse_grid(tmp_path):
 
 def test_a_command_is_read_as_it_is_written(tmp_path, good):
     given = {"seed": 3, "name": "it's, \"so\"", "rate": 1, "none": "x", "parts": [1, "b"]}
-    (job,) = batch.plan([Path(good)], [given], tmp_path, 1)
+    (job,) = planning.plan([Path(good)], [given], tmp_path, 1)
     assert (parameters := job.about["parameters"]) == {**given, "rate": 1.0} and isinstance(parameters["rate"], float)
     options = [word for word in shlex.split(job.about["command"])[3:] if word != "--grid"]
     assert Path(options[0]).resolve() == Path(good) and parse_grid(options[1:]) == [parameters]
@@ -99,7 +107,7 @@ def test_a_command_is_read_as_it_is_written(tmp_path, good):
     (["--grid", "sed=1"], "--grid sed: not a parameter of good.ipynb, which has ['name', 'none', 'parts', 'rate', 'seed']"),
     (["--grid", "seed=a"], "--grid seed='a': must be int, as seed = 0 in good.ipynb"), (["--grid", "seed=True"], "--grid seed=True: must be int"),
     (["--grid", "name=1"], "--grid name=1: must be str"), (["--grid", "rate=x"], "--grid rate='x': must be float"), (["--grid", "seed=2:2"], "not empty"),
-    (["--grid", "seed=1,1"], "is there twice"), (["--workers", "0"], "--workers 0"), (["missing.ipynb"], "missing.ipynb"),
+    (["--grid", "seed=1,1"], "is there twice"), (["--workers", "0"], "--workers 0"), (["--timeout", "0"], "--timeout 0"), (["missing.ipynb"], "missing.ipynb"),
     (["--publish", "--grid", "seed=1"], "--publish takes no --grid"), (["--slurm", "cores=1,memory=1GB"], "no sbatch"),
     (["--grid", "name=@nothing.json:a"], "nothing.json")])
 def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, good, capsys, arguments, named):
@@ -115,6 +123,131 @@ def test_more_workers_need_dask_and_one_does_not(tmp_path, good, no_report, caps
         main([good, "--workers", "2", "--out", str(tmp_path / "out")])
     assert stop.value.code == 2 and "pip install dask distributed" in capsys.readouterr().err
     assert main([good, "--out", str(tmp_path / "out")]) == 0
+
+
+# Notebooks as they come
+
+def save(path, source, **metadata):
+    """A notebook of a parameters cell and one that shows what the parameters are."""
+    shown = "print({k: v for k, v in globals().items() if k in asked})"
+    cells = [new_code_cell(source, metadata={"tags": ["parameters"]}), new_code_cell(shown)]
+    nbformat.write(new_notebook(cells=cells, metadata=metadata), path)
+    return path
+
+
+VALUES = [(3, 4), [1, (2, [None])], {"a": {"b": 1.5}, "c": ()}, "it's \"{x}\" \\ \n é", True, None,
+          -0.0, 10 ** 20, 1e-300, (5,), ""]
+
+
+def test_what_arrives_in_the_notebook_is_what_was_asked_for(tmp_path):
+    asked = dict(zip("abcdefghijk", VALUES))
+    source = "\n".join(f"{name} = None" for name in asked) + f"\nasked = {list(asked)}"
+    notebook = save(tmp_path / "types.ipynb", source)
+    (job,) = planning.plan([notebook], [asked], tmp_path / "out", 1)
+    (tmp_path / "out").mkdir()
+    assert running.run(job)["error"] is None
+    assert (job.folder / "stdout.txt").read_text(encoding="utf-8") == f"{asked}\n"
+    assert read(job.folder)["parameters"] == json.loads(json.dumps(asked))
+    words = shlex.split(job.about["command"])[4:]
+    assert parse_grid([word for word in words if word != "--grid"]) == [asked]
+
+
+@pytest.mark.parametrize("value", [b"a", {1, 2}, 1e999, {1: 2}, [float("nan")], 1j, (b"a",)])
+def test_a_value_that_would_change_on_its_way_is_refused(tmp_path, value):
+    notebook = save(tmp_path / "n.ipynb", "r = None")
+    with pytest.raises(ValueError, match=re.escape(f"--grid r={value!r}: must be")):
+        planning.plan([notebook], [{"r": value}], tmp_path, 1)
+
+
+@pytest.mark.parametrize("default, value, arrives", [
+    ("(1, 2)", (3, 4), (3, 4)), ("(1, 2)", [3, 4], (3, 4)), ("[1]", (3, 4), [3, 4]),
+    ("0.5", 3, 3.0), ("0.5", 2 ** 53 + 1, ValueError), ("1", True, ValueError)])
+def test_a_value_has_the_type_of_the_default(tmp_path, default, value, arrives):
+    notebook = save(tmp_path / "n.ipynb", f"r = {default}")
+    if arrives is ValueError:
+        with pytest.raises(ValueError, match=re.escape(f"--grid r={value!r}: must be ")):
+            planning.plan([notebook], [{"r": value}], tmp_path, 1)
+    else:
+        (job,) = planning.plan([notebook], [{"r": value}], tmp_path, 1)
+        assert repr(job.about["parameters"]["r"]) == repr(arrives)
+
+
+@pytest.mark.parametrize("cell, given", [
+    ("path = 'a=b'", {"path": "c=d"}), ("seed: int | None = 0", {"seed": None}),
+    ("seed: int | None = 0", {"seed": 3}), ("a, (b, *c) = 1, (2, 3)", {"b": 5, "c": [6]}),
+    ("a = b = 0", {"b": 1}), ("device = 'cuda' if 0 else 'cpu'", {"device": "mps"}),
+    ("%matplotlib inline\nsize = 2 ** 4", {"size": 8}), ("late: int", {"late": 1}),
+    ("text = '''x = 1\ny = 2'''", {"text": "z"}), ("d = {}\nd['k'] = 1", {"d": {"a": 1}})])
+def test_legal_assignments_are_parameters(tmp_path, cell, given):
+    (job,) = planning.plan([save(tmp_path / "n.ipynb", cell)], [given], tmp_path, 1)
+    assert job.about["parameters"] == given
+
+
+@pytest.mark.parametrize("cell, given, named", [
+    ("path = 'a=b'", {"path": 1}, "--grid path=1: must be str, as path = 'a=b' in n.ipynb"),
+    ("seed: int = 0", {"seed": None}, "--grid seed=None: must be int"),
+    ("d = {}\nd['k'] = f = 1", {"k": 1},
+     "--grid k: not a parameter of n.ipynb, which has ['d', 'f']"),
+    ("def f():\n    x = 1", {"x": 1}, "which has []"),
+    ("text = '''x = 1\ny = 2'''", {"y": 1}, "which has ['text']")])
+def test_what_is_no_parameter_or_no_such_type_is_refused(tmp_path, cell, given, named):
+    with pytest.raises(ValueError, match=re.escape(named)):
+        planning.plan([save(tmp_path / "n.ipynb", cell)], [given], tmp_path, 1)
+
+
+def test_one_code_with_other_data_beside_it_is_another_run(tmp_path, no_report, capsys):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "data.txt").write_text(name, encoding="utf-8")
+        write(tmp_path / name / "same.ipynb", ("seed = 0", "parameters"),
+              ("print(open('data.txt').read())",))
+    a, b = (str(tmp_path / name / "same.ipynb") for name in "ab")
+    options = ["--grid", "seed=1", "--out", str(tmp_path / "out")]
+    assert main([a, *options]) == 0 and main([b, *options]) == 0
+    assert "up to date" not in capsys.readouterr().out
+    files = sorted((tmp_path / "out").glob("*/stdout.txt"))
+    assert sorted(file.read_text(encoding="utf-8") for file in files) == ["a\n", "b\n"]
+    assert main([a, b, *options]) == 0 and "2 up to date" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("folder", ["{x}", "{", "100%s {0} [a-z]*"])
+def test_a_path_is_a_path(tmp_path, folder, no_report):
+    (tmp_path / folder).mkdir()
+    notebook = save(tmp_path / folder / "{seed}.ipynb", "seed = 0\nasked = ['seed']")
+    assert main([str(notebook), "--grid", "seed=1", "--out", str(tmp_path / folder / "out")]) == 0
+    (name,) = folders(tmp_path / folder / "out")
+    printed = tmp_path / folder / "out" / name / "stdout.txt"
+    assert printed.read_text(encoding="utf-8") == "{'seed': 1}\n"
+
+
+def of_json(cells="[]", metadata="{}", version=4):
+    return (f'{{"cells": {cells}, "metadata": {metadata}, "nbformat": {version}, '
+            '"nbformat_minor": 4}').encode()
+
+
+NOT_NOTEBOOKS = {
+    "text": b"seed = 0", "bytes": b"\xff\xfe\x00", "empty": b"", "list": b"[]", "object": b"{}",
+    "number": b"1", "cell": of_json("[{}]"), "metadata": of_json(metadata="null"),
+    "version": of_json(version=99), "R": of_json(metadata='{"kernelspec": {"language": "R"}}'),
+    "syntax": of_json('[{"cell_type": "code", "metadata": {"tags": ["parameters"]}, '
+                      '"source": "seed =", "outputs": []}]')}
+
+
+@pytest.mark.parametrize("kind", [*NOT_NOTEBOOKS, "folder", "fifo", "missing"])
+def test_what_cannot_be_run_is_refused_by_name(tmp_path, good, kind, capsys):
+    path = tmp_path / f"{kind}.ipynb"
+    if kind in NOT_NOTEBOOKS:
+        path.write_bytes(NOT_NOTEBOOKS[kind])
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "fifo":
+        if not hasattr(os, "mkfifo"):
+            pytest.skip("this system has no FIFOs")
+        os.mkfifo(path)
+    with pytest.raises(SystemExit) as stop:
+        main([good, str(path), "--out", str(tmp_path / "out")])
+    assert stop.value.code == 2 and str(path) in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 # A batch on this machine
@@ -146,17 +279,17 @@ def test_24_runs_on_two_workers_and_again(tmp_path, good, capsys, monkeypatch):
             (error,) = [o for cell in cells for o in cell.get("outputs", []) if o.output_type == "error"]
             assert "too large" in "".join(error.traceback)
     the_report(out, runs)
-    monkeypatch.setattr(batch, "report", lambda out: None)
+    monkeypatch.setattr(command_line, "report", lambda out: None)
     written = {name: (out / name / "result.json").stat().st_mtime_ns for name in folders(out)}
     assert main([*command[:-4], "--out", str(out)]) == 1         # in this process now: what failed is run again, nothing else
     assert "22 up to date; 2 failed" in capsys.readouterr().out
     again = [name for name in folders(out) if (out / name / "result.json").stat().st_mtime_ns != written[name]]
     assert [name.startswith("good-seed=11") for name in again] == [True, True]
-    core = batch.core_hash()
+    core = planning.core_hash()
     with monkeypatch.context() as other:
-        other.setattr(batch, "core_hash", lambda: "another")
+        other.setattr(planning, "core_hash", lambda: "another")
         main([*command, "--dry-run"])
-    assert "24 stale, core changed" in capsys.readouterr().out and core == batch.core_hash()
+    assert "24 stale, core changed" in capsys.readouterr().out and core == planning.core_hash()
     source = Path(good).read_text(encoding="utf-8")
     Path(good).write_text(source.replace("too large", "no"), encoding="utf-8")
     main([*command, "--dry-run"])
@@ -181,6 +314,7 @@ def the_report(out, runs):
     assert page.count("notebook.ipynb</a>") == 24 and "AssertionError: too large" in page
 
 
+@posix
 def test_a_killed_worker_s_run_is_made_elsewhere_and_one_that_kills_them_all_fails_alone(tmp_path, no_report, capsys):
     kill = "import os, time, pathlib\nmark = pathlib.Path(name)\nif name == 'always' or name == 'once' and not mark.exists():\n    mark.touch()\n" \
            "    os.kill(os.getppid(), 9)\n    time.sleep(60)\ntime.sleep(1)"
@@ -211,7 +345,70 @@ def test_a_kernel_that_dies_is_a_failure_of_its_run_alone(tmp_path, no_report, c
     assert "1 passed, 1 failed" in (printed := capsys.readouterr().out) and "DeadKernelError: Kernel died" in printed
 
 
+# How a run ends
+
+@pytest.mark.parametrize("source", ["import sys\nsys.exit(0)", "raise SystemExit"])
+def test_a_cell_that_ends_the_notebook_early_fails_the_run(tmp_path, source, no_report, capsys):
+    notebook = write(tmp_path / "early.ipynb", (source,), ("print('later')",))
+    for _ in range(2):                                           # not up to date at the second try
+        assert main([notebook, "--out", str(tmp_path / "out")]) == 1
+        printed = capsys.readouterr().out
+        assert "SystemExit: a cell ended the run; those after it did not run" in printed
+    assert read(next((tmp_path / "out").iterdir()))["status"] == "failed"
+
+
+def test_a_run_ends_at_its_time_limit_alone(tmp_path, no_report, capsys):
+    """The limit is of all cells together; the second hangs where no interrupt reaches it."""
+    hang = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    notebook = write(tmp_path / "hang.ipynb", ("seed = 0", "parameters"), ("import time\ntime.sleep(1)",),
+                     (f"{hang}while seed:\n    pass",))
+    start = time.monotonic()
+    limited = [notebook, "--grid", "seed=0,1", "--timeout", "4"]
+    assert main([*limited, "--out", str(tmp_path / "out")]) == 1
+    assert "1 passed, 1 failed" in (printed := capsys.readouterr().out)
+    assert "TimeoutError: not finished after 4 s" in printed
+    assert time.monotonic() - start < 20 and not kernels(psutil.Process())
+    runs = [read(tmp_path / "out" / name) for name in folders(tmp_path / "out")]
+    assert {run["parameters"]["seed"]: run["seconds"] > 4 for run in runs} == {0: False, 1: True}
+
+
+def test_what_a_system_without_proc_and_process_groups_can_do(tmp_path, monkeypatch):
+    """As macOS and Windows: the memory of a process, and an end to it and to what it started."""
+    def no_proc(path, encoding):
+        raise FileNotFoundError(path)
+
+    sleep = "import time; time.sleep(20)"
+    start = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {sleep!r}]); {sleep}"
+    with subprocess.Popen([sys.executable, "-c", start]) as process:
+        until(lambda: psutil.Process(process.pid).children())
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children()]
+        with monkeypatch.context() as other:
+            other.delattr(os, "killpg", raising=False)
+            other.setattr(Path, "read_text", no_proc)
+            assert 1 < running.peak_mb(process.pid) < 1000
+            other.setitem(running.KERNELS, tmp_path / "run", process.pid)
+            other.setitem(running.KERNELS, tmp_path / "starting", None)
+            running.stop(tmp_path)
+            assert not [folder for folder in running.KERNELS if folder.parent == tmp_path]
+        until(lambda: not any(map(alive, family)), 10)
+
+
 # Stopped and gone on with
+
+def test_when_nothing_is_to_be_done_neither_workers_nor_a_report_are_started(
+        tmp_path, good, capsys, monkeypatch):
+    command, reports = [good, "--out", str(tmp_path / "out")], []
+    monkeypatch.setattr(command_line, "report", lambda out: reports.append(page.touch()))
+    page = tmp_path / "out" / "index.html"
+    assert main(command) == 0 and len(reports) == 1
+    monkeypatch.setattr(workers, "connect", lambda args: pytest.fail("workers were started"))
+    assert main([*command, "--workers", "2"]) == 0 and len(reports) == 1
+    assert "1 up to date\n" in (printed := capsys.readouterr().out) and "1 passed, 0 failed" in printed
+    os.utime(page, (0, 0))                                       # stopped between a run and its report
+    assert main(command) == 0 and len(reports) == 2
+    page.unlink()
+    assert main(command) == 0 and len(reports) == 3
+
 
 @pytest.fixture
 def slow(tmp_path):
@@ -219,14 +416,34 @@ def slow(tmp_path):
 
 
 def start(notebook, out, *options):
+    """A batch as a process, when two of its runs are whole and its workers are at the next."""
+    workers = int(options[-1])
     process = subprocess.Popen([*PYTHON, notebook, "--grid", "seed=0:4", *options, "--out", str(out)], env=ENVIRONMENT, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               stderr=subprocess.PIPE, text=True, encoding="utf-8", start_new_session=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # it may be ignored here, as in a background job
-    until(lambda: out.exists() and len(list(out.glob("*/result.json"))) == 2 and len(list(out.glob("*.partial/notebook.ipynb"))) == 2)
-    until(lambda: len(kernels(psutil.Process(process.pid))) == 2)
+    until(lambda: out.exists() and len(list(out.glob("*/result.json"))) == 2 and len(list(out.glob("*.partial/notebook.ipynb"))) == workers)
+    until(lambda: len(kernels(psutil.Process(process.pid))) == workers)
     return process
 
 
+def test_a_run_that_is_stopped_while_its_kernel_starts_leaves_nothing(
+        tmp_path, slow, monkeypatch):
+    (job,) = planning.plan([Path(slow)], [{"seed": 3}], tmp_path / "out", 1)
+    job.folder.parent.mkdir()
+    before = psutil.Process().children()
+    original = running.AsyncKernelManager.start_kernel
+
+    async def stopped_meanwhile(manager, **options):
+        running.stop(job.folder.parent)
+        await original(manager, **options)
+
+    monkeypatch.setattr(running.AsyncKernelManager, "start_kernel", stopped_meanwhile)
+    with pytest.raises(InterruptedError, match="stopped"):
+        running.run(job)
+    assert not folders(job.folder.parent) and set(psutil.Process().children()) <= set(before)
+
+
+@posix
 def test_a_killed_batch_goes_on_where_it_was(tmp_path, slow, no_report, capsys):
     out = tmp_path / "out"
     process = start(slow, out, "--workers", "2")
@@ -242,16 +459,24 @@ def test_a_killed_batch_goes_on_where_it_was(tmp_path, slow, no_report, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in out.glob("*/result.json")}
 
 
-def test_ctrl_c_leaves_no_kernel_no_worker_and_no_partial_folder(tmp_path, slow):
+@posix
+@pytest.mark.parametrize("number, workers, whom", [
+    (signal.SIGINT, "2", "all"), (signal.SIGTERM, "1", "the batch")])
+def test_a_batch_told_to_stop_leaves_no_kernel_no_worker_and_no_partial_folder(
+        tmp_path, slow, number, workers, whom):
+    """By Ctrl-C, which a terminal sends to every process, or SIGTERM, as Slurm and systemd do."""
     out = tmp_path / "out"
-    process = start(slow, out, "--workers", "2")
-    children, running = psutil.Process(process.pid).children(recursive=True), kernels(psutil.Process(process.pid))
-    os.killpg(process.pid, signal.SIGINT)                        # as a terminal does: to every process
+    process = start(slow, out, "--workers", workers)
+    children = psutil.Process(process.pid).children(recursive=True)
+    running = kernels(psutil.Process(process.pid))
+    (os.killpg if whom == "all" else os.kill)(process.pid, number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "the same command goes on" in errors and "Traceback" not in errors
-    assert len(running) == 2 and not any(alive(kernel) for kernel in running)
+    assert process.returncode == 128 + number and "the same command goes on" in errors
+    assert "Traceback" not in errors
+    assert len(running) == int(workers) and not any(alive(kernel) for kernel in running)
     until(lambda: not any(map(alive, children)), 10)
-    assert len(folders(out)) == 2 and all(read(out / name)["status"] == "passed" for name in folders(out))
+    assert len(folders(out)) == 2
+    assert all(read(out / name)["status"] == "passed" for name in folders(out))
 
 
 # Other machines
@@ -273,7 +498,7 @@ def cluster(tmp_path):
 def test_a_scheduler_and_workers_of_their_own(tmp_path, good, cluster, no_report, capsys, monkeypatch):
     command = [good, "--grid", "seed=0:4", "--scheduler", cluster, "--out", str(tmp_path / "out")]
     with monkeypatch.context() as other, pytest.raises(SystemExit) as stop:
-        other.setattr(batch, "core_hash", lambda: "another")
+        other.setattr(planning, "core_hash", lambda: "another")
         main(command)
     assert stop.value.code == 2 and "has another mythos_core" in capsys.readouterr().err
     assert folders(tmp_path / "out") == []
@@ -299,17 +524,18 @@ def test_no_scheduler_there(tmp_path, good, capsys, monkeypatch):
 
 def test_a_worker_that_does_not_see_the_folder_says_so(tmp_path):
     with pytest.raises(OSError, match="share the file system"):
-        batch.look(tmp_path / "elsewhere", batch.core_hash())
+        running.look(tmp_path / "elsewhere", planning.core_hash())
 
 
 def test_the_job_script_of_slurm():
-    with batch.slurm_cluster("partition=gpu,cores=8,memory=32GB,jobs=0,gres=gpu:1,time=01:00:00") as made:
+    asked = "partition=gpu,cores=8,memory=32GB,jobs=0,gres=gpu:1,time=01:00:00"
+    with workers.slurm_cluster(asked) as made:
         script = made.job_script()
         for line in ("#SBATCH --partition=gpu", "#SBATCH --cpus-per-task=8", "#SBATCH --mem=30G", "#SBATCH --gres=gpu:1", "#SBATCH -t 01:00:00",
                      "export OMP_NUM_THREADS=8"):
             assert line in script.splitlines(), script
         assert re.search(rf"{sys.executable} -m distributed.cli.dask_worker tcp://.* --nthreads 1$", script, re.M)
-    with batch.slurm_cluster("cores=8,memory=32GB,processes=4,jobs=0") as made:
+    with workers.slurm_cluster("cores=8,memory=32GB,processes=4,jobs=0") as made:
         assert "export OMP_NUM_THREADS=2" in made.job_script() and "--nworkers 4" in made.job_script()
 
 
@@ -320,6 +546,8 @@ def mounted(tmp_path):
     """A small file system of its own."""
     folder = tmp_path / "mounted"
     folder.mkdir()
+    if not sys.platform.startswith("linux"):
+        pytest.skip("mounts a file system as Linux does")
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)], capture_output=True, check=False).returncode:
         pytest.skip("no right to mount")
     yield folder
@@ -350,7 +578,8 @@ def test_a_stale_result_stays_until_the_new_one_is_whole(tmp_path, good, no_repo
     (name,) = folders(out)
     Path(good).write_text(Path(good).read_text(encoding="utf-8").replace("too large", "no"), encoding="utf-8")
     with monkeypatch.context() as other, pytest.raises(SystemExit):
-        other.setattr(batch, "keep", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left")))
+        full = OSError(28, "No space left")
+        other.setattr(running, "keep", lambda *a, **k: (_ for _ in ()).throw(full))
         main([good, "--out", str(out)])
     assert folders(out) == [name] and read(out / name)["status"] == "passed"
     old = read(out / name)["fingerprint"]
@@ -380,10 +609,11 @@ def test_results_are_declared_as_json(capsys, monkeypatch):
     import torch
     shown = []
     monkeypatch.setattr("IPython.display.display", lambda data, raw: shown.append(data))
-    batch.results(a=torch.tensor([1.0, 2.0]), b=float("nan"), c={"x": torch.tensor(3)}, d="text")
-    assert shown[0][batch.MIME] == {"a": [1.0, 2.0], "b": None, "c": {"x": 3}, "d": "text"} and "d = text" in shown[0]["text/plain"]
+    record.results(a=torch.tensor([1.0, 2.0]), b=float("nan"), c={"x": torch.tensor(3)}, d="text")
+    assert shown[0][record.MIME] == {"a": [1.0, 2.0], "b": None, "c": {"x": 3}, "d": "text"}
+    assert "d = text" in shown[0]["text/plain"]
     monkeypatch.undo()
-    batch.results(accuracy=0.9)                                  # outside a notebook it prints
+    record.results(accuracy=0.9)                                  # outside a notebook it prints
     assert "accuracy" in capsys.readouterr().out
 
 

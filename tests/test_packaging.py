@@ -127,7 +127,7 @@ def test_an_issue_form_asks_for_something(form):
 
 def test_the_core_stays_thin():
     functions = []
-    for file in (ROOT / "mythos_core").glob("*.py"):
+    for file in (ROOT / "mythos_core").rglob("*.py"):
         tree, text = ast.parse(file.read_text()), file.read_text().splitlines()
         docs = set()
         for node in ast.walk(tree):
@@ -139,9 +139,25 @@ def test_the_core_stays_thin():
 
 
 def test_imports_run_one_way():
-    order = ["config", "layers", "cache", "attention", "moe", "halting", "loop", "weights", "model",
-             "interop", "groups", "parity", "machines", "recipes", "certificate", "checkpoint",
-             "training", "probes", "study", "figures", "batch"]
+    order = ["provenance", "batch", "config", "layers", "cache", "attention", "moe", "halting",
+             "loop", "weights", "model", "interop", "groups", "parity", "machines", "recipes",
+             "certificate", "checkpoint", "training", "probes", "study", "figures"]
     for position, module in enumerate(order):
-        found = re.findall(r"from mythos_core\.(\w+) import", (ROOT / "mythos_core" / f"{module}.py").read_text(encoding="utf-8"))
+        assert all(order.index(other) < position for other in imported(module)), module
+
+
+def test_imports_of_a_batch_run_one_way_too():
+    order = ["record", "grid", "notebook", "plan", "run", "cluster", "report", "__main__"]
+    for position, module in enumerate(order):
+        text = (ROOT / "mythos_core" / "batch" / f"{module}.py").read_text(encoding="utf-8")
+        found = re.findall(r"from mythos_core\.batch\.(\w+) import", text)
         assert all(order.index(other) < position for other in found), module
+
+
+def imported(module):
+    """The modules of the package that a module, or those of a package in it, import from."""
+    folder = ROOT / "mythos_core"
+    files = [*folder.glob(f"{module}.py"), *folder.glob(f"{module}/*.py")]
+    assert files, module
+    text = "\n".join(file.read_text(encoding="utf-8") for file in files)
+    return {*re.findall(r"from mythos_core\.(\w+)", text)} - {module}

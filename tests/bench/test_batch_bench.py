@@ -8,7 +8,9 @@ import papermill
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from mythos_core import batch
+from mythos_core.batch.cluster import connect, follow
+from mythos_core.batch.plan import core_hash, plan
+from mythos_core.batch.run import look
 
 
 @pytest.fixture
@@ -18,15 +20,16 @@ def jobs(tmp_path):
         cells = [new_code_cell("seed = 0", metadata={"tags": ["parameters"]}), new_code_cell(code)]
         notebook = new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
         nbformat.write(notebook, tmp_path / "bench.ipynb")
-        return batch.plan([tmp_path / "bench.ipynb"], [{"seed": seed} for seed in range(number)], tmp_path / "out", 1)
+        points = [{"seed": seed} for seed in range(number)]
+        return plan([tmp_path / "bench.ipynb"], points, tmp_path / "out", 1)
     (tmp_path / "out").mkdir()
     return make
 
 
 @pytest.fixture
 def two_workers(tmp_path):
-    client = batch.connect(Namespace(workers=2, scheduler=None, slurm=None, dashboard=False))
-    client.run(batch.look, tmp_path / "out", batch.core_hash())  # the workers have imported the package
+    client = connect(Namespace(workers=2, scheduler=None, slurm=None, dashboard=False))
+    client.run(look, tmp_path / "out", core_hash())  # the workers have imported the package
     yield client
     client.close()
 
@@ -40,7 +43,7 @@ def test_a_run_costs_at_most_300_ms_beyond_its_kernel(benchmark, jobs, two_worke
         bare.append(time.perf_counter() - start)
         return ([waiting.pop()], two_workers, 0), {}
 
-    benchmark.pedantic(batch.follow, setup=alone, rounds=15, warmup_rounds=1)
+    benchmark.pedantic(follow, setup=alone, rounds=15, warmup_rounds=1)
     overhead = benchmark.stats["median"] - statistics.median(bare[1:])
     with capfd.disabled():
         print(f"\na run by papermill alone {statistics.median(bare[1:]):.3f} s, in a batch {benchmark.stats['median']:.3f} s: {overhead:.3f} s more")
@@ -52,11 +55,11 @@ def test_two_workers_are_1_7_times_one(benchmark, jobs, two_workers, capfd):
 
     def by_one():
         start = time.perf_counter()
-        batch.follow([waiting.pop() for _ in range(6)], None, 0)
+        follow([waiting.pop() for _ in range(6)], None, 0)
         one.append(time.perf_counter() - start)
         return ([waiting.pop() for _ in range(6)], two_workers, 0), {}
 
-    benchmark.pedantic(batch.follow, setup=by_one, rounds=2)
+    benchmark.pedantic(follow, setup=by_one, rounds=2)
     gain = statistics.median(one) / benchmark.stats["median"]
     with capfd.disabled():
         print(f"\nsix runs on one worker {statistics.median(one):.1f} s, on two {benchmark.stats['median']:.1f} s: {gain:.2f} times")

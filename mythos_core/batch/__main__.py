@@ -1,0 +1,118 @@
+"""The command line of a batch."""
+import argparse
+import os
+import shutil
+import signal
+import sys
+from collections import Counter
+from pathlib import Path
+
+from mythos_core.batch.cluster import work
+from mythos_core.batch.grid import parse_grid
+from mythos_core.batch.plan import Job, plan, state
+from mythos_core.batch.record import read
+from mythos_core.batch.report import publish, report, reported
+from mythos_core.batch.run import sweep
+
+
+def batch(args) -> int:
+    """What the command line asks for; the exit code."""
+    _check(args)
+    out = args.out.resolve()
+    jobs = plan([notebook.resolve() for notebook in args.notebooks], parse_grid(args.grid), out,
+                _threads(args), args.timeout)
+    states = {job.folder.name: state(job) for job in jobs}
+    print("; ".join(f"{number} {what}" for what, number in Counter(states.values()).items()))
+    if args.dry_run:
+        print("\n".join(f"{name}: {what}" for name, what in states.items()))
+        return 0
+    sweep(out)
+    if todo := [job for job in jobs if states[job.folder.name] != "up to date"]:
+        work(todo, args, out)
+    if todo or not reported(jobs, out):
+        report(out)
+    return _conclude(jobs, args.publish)
+
+
+def _check(args):
+    """ValueError for options that cannot be had, or not together."""
+    if args.workers < 1:
+        raise ValueError(f"--workers {args.workers}: must be at least 1")
+    if args.timeout is not None and args.timeout < 1:
+        raise ValueError(f"--timeout {args.timeout}: must be at least 1 second")
+    if args.publish and args.grid:
+        raise ValueError("--publish takes no --grid")
+    if args.slurm and not shutil.which("sbatch"):
+        raise ValueError("--slurm: there is no sbatch here")
+
+
+def _threads(args) -> int:
+    """Of a kernel: as the environment has it, or its share of this machine's cores; 0 on a
+    cluster, whose workers know theirs."""
+    share = max(1, (os.cpu_count() or 1) // args.workers)
+    return int(os.environ.get("OMP_NUM_THREADS") or (0 if args.scheduler or args.slurm else share))
+
+
+def _conclude(jobs: list[Job], publishing: bool) -> int:
+    """Print what became of the runs, and publish them if that is asked for and all passed."""
+    runs = [read(job.folder) for job in jobs]
+    for result in runs[:50]:
+        print(f"{result['seconds'] or 0:8.1f} s {result['peak_mb'] or 0:6.0f} MB "
+              f"{result['claims']:3d} claims  {result['run']}")
+    failed = [f"{result['run']}: {result['error']}" for result in runs
+              if result["status"] != "passed"]
+    for job in jobs if publishing and not failed else ():
+        publish(job)
+    print("\n".join([f"{len(runs) - len(failed)} passed, {len(failed)} failed", *failed]))
+    return 1 if failed else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code: 0 if all runs passed, 1 if not. Exits with 2 if nothing can be run, with 130
+    or 143 if it was stopped."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        if str(args.notebooks[0]) == "report":
+            return report(args.notebooks[-1].resolve()) or 0
+        return batch(args)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    except KeyboardInterrupt as stopped:
+        code = stopped.args[0] if stopped.args else 128 + signal.SIGINT
+        parser.exit(code, "\nstopped; the same command goes on\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m mythos_core.batch",
+        description="Run notebooks over a grid of parameters. `report OUT`: only the report.")
+    add = parser.add_argument
+    add("notebooks", nargs="+", type=Path)
+    add("--grid", action="append", default=[], metavar="NAME=VALUES",
+        help="A,B,... or FIRST:END or @FILE.json:KEY.KEY; may be given again")
+    add("--out", type=Path, default=Path("build/batch"), help="folder of the runs")
+    add("--workers", type=int, default=1,
+        help="runs at a time; each gets OMP_NUM_THREADS threads, or its share of the cores")
+    add("--scheduler", metavar="ADDRESS",
+        help="of a dask cluster to use instead, such as tcp://host:8786")
+    add("--slurm", metavar="OPTIONS",
+        help="Slurm jobs to use instead, such as partition=gpu,cores=8,memory=32GB,jobs=20")
+    add("--timeout", type=int, metavar="SECONDS",
+        help="for all cells of a run together; one that is not finished then has failed")
+    add("--retries", type=int, default=0, help="times that a failing notebook is tried again")
+    add("--dashboard", action="store_true", help="print the address of dask's dashboard")
+    add("--dry-run", action="store_true", help="list the runs and what there is of them")
+    add("--publish", action="store_true",
+        help="if all pass, replace the notebooks by their executed copies")
+    return parser
+
+
+def _terminate(number: int, frame):
+    """SIGTERM ends a batch as Ctrl-C does, with an exit code of its own."""
+    raise KeyboardInterrupt(128 + number)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.exit(main())

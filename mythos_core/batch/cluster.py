@@ -1,0 +1,131 @@
+"""Who runs the runs: this process, worker processes, or a cluster's."""
+import os
+import queue
+import signal
+import time
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from mythos_core.batch.plan import Job
+from mythos_core.batch.run import THREADS, beside, keep, look, run, stop, sweep
+
+
+def work(todo: list[Job], args, out: Path):
+    """Run what is to be run, on the workers asked for."""
+    client = connect(args)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if client:
+            client.run(look, out, todo[0].about["fingerprint"]["core"])
+            if set(client.nthreads().values()) - {1}:
+                raise ValueError("workers must have one thread each (dask worker --nthreads 1): "
+                                 "papermill is not safe in threads")
+        if args.dashboard:
+            print(f"dashboard: {client.dashboard_link}")
+        follow(todo, client, args.retries)
+    finally:
+        finish(client, out)
+
+
+def connect(args):
+    """A dask client with the workers asked for; None: one run after the other in this process,
+    which needs no dask."""
+    if args.workers == 1 and not (args.scheduler or args.slurm or args.dashboard):
+        return None
+    try:
+        from distributed import Client
+        if args.scheduler or args.slurm:
+            cluster = args.scheduler or slurm_cluster(args.slurm, args.dashboard)
+            return Client(cluster, timeout=20)
+    except ImportError as error:
+        raise ImportError(f"{error}; to run on more than one worker: "
+                          "pip install dask distributed dask-jobqueue") from error
+    # Ctrl-C reaches every process of a terminal; this one alone answers.
+    ours = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    deaf = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+    client = Client(n_workers=args.workers, threads_per_worker=1, memory_limit=0, silence_logs=50,
+                    dashboard_address=":0" if args.dashboard else None, preload=[deaf])
+    signal.signal(signal.SIGINT, ours)
+    return client
+
+
+def slurm_cluster(text: str, dashboard: bool = False):
+    """A dask_jobqueue.SLURMCluster of "partition=gpu,cores=8,memory=32GB,jobs=20": a job runs one
+    notebook at a time on all its cores, or `processes` of them. What it has no name for here, such
+    as gres=gpu:1, becomes a line "#SBATCH --gres=gpu:1" of the job."""
+    from dask_jobqueue import SLURMCluster
+    options = dict(item.partition("=")[::2] for item in text.split(","))
+    jobs, cores, processes = (int(options.pop(name, 1)) for name in ("jobs", "cores", "processes"))
+    return SLURMCluster(
+        n_workers=jobs * processes, cores=cores, processes=processes,
+        memory=options.pop("memory", None), interface=options.pop("interface", None),
+        walltime=options.pop("time", None), worker_extra_args=["--nthreads", "1"],
+        job_extra_directives=[f"--{name}={value}" for name, value in options.items()],
+        job_script_prologue=[f"export {name}={cores // processes}" for name in THREADS],
+        scheduler_options={"dashboard_address": ":0" if dashboard else None})
+
+
+def follow(jobs: list[Job], client, retries: int):
+    """Run all jobs, a failure stopping none of the others.
+
+    Dask is given a run when a worker is free, not before: it counts a worker's death against all
+    runs that were assigned to it, also those that only wait there; and so its scheduler holds as
+    many runs as there are workers, however many are to come.
+    """
+    waiting, flying, done = deque(jobs), {}, queue.SimpleQueue()
+    tries, failed, here = Counter(), 0, ThreadPoolExecutor(1)
+    with tqdm(total=len(jobs), unit="run", smoothing=0) as bar:
+        while waiting or flying:
+            workers = len(client.nthreads()) if client else 1
+            while waiting and len(flying) < workers:
+                job = waiting.popleft()
+                future = _submit(job, client, here)
+                flying[future] = job
+                future.add_done_callback(done.put)
+            bar.set_postfix_str(f"{failed} failed, {len(flying)} running")
+            with suppress(queue.Empty):
+                future = done.get(timeout=1)
+                job = flying.pop(future)
+                failing = outcome(job, future)["status"] == "failed"
+                again = failing and tries[job.folder] < retries
+                tries[job.folder] += 1
+                waiting.extend([job] if again else [])
+                failed += failing and not again
+                bar.update(not again)
+        bar.set_postfix_str(f"{failed} failed")
+
+
+def _submit(job: Job, client, here: ThreadPoolExecutor):
+    """A future of the run, on a worker or in this process; each try has a key of its own."""
+    if client:
+        return client.submit(run, job, key=f"{job.folder.name}-{time.time_ns()}")
+    return here.submit(run, job)
+
+
+def outcome(job: Job, future) -> dict:
+    """The run's result, also of one that killed each worker it was tried on. OSError: the batch
+    cannot go on."""
+    try:
+        return future.result()
+    except (OSError, ImportError) as error:
+        raise OSError(f"{job.folder.parent}: {error}; the runs that finished are kept") from error
+    except Exception as error:
+        left = job.folder.parent.glob(f"{job.folder.name}@*.partial")
+        partial = max(left, key=os.path.getmtime, default=beside(job.folder))
+        partial.mkdir(exist_ok=True)
+        return keep(job, partial, error, seconds=None, peak_mb=None)
+
+
+def finish(client, out: Path):
+    """Whatever ended the batch: no kernel goes on, no partial folder stays, and a cluster that was
+    started here is closed."""
+    if client:
+        with suppress(Exception):       # a scheduler that is gone has nothing to stop
+            client.run(stop, out, on_error="ignore")
+        client.close()
+    stop(out)
+    sweep(out)

@@ -1,0 +1,102 @@
+"""All runs of a batch, and what there is of each."""
+import hashlib
+import os
+import re
+import shlex
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from mythos_core.batch.notebook import open_notebook, parameters_of, typed
+from mythos_core.batch.record import read
+from mythos_core.provenance import commit
+
+CORE = Path(__file__).parent.parent
+
+
+class Job(NamedTuple):
+    """One run: a notebook, its folder, its kernel's threads (0: as the worker has them), what
+    result.json says of it however it ends, and the most seconds that all its cells may take
+    together (None: no limit)."""
+
+    notebook: Path
+    folder: Path
+    threads: int
+    about: dict
+    timeout: int | None = None
+
+
+def core_hash() -> str:
+    """Of the code of this package, the published configurations and the study's variants."""
+    files = [*sorted(CORE.rglob("*.py")), CORE / "published.json",
+             CORE / "results" / "variants.json"]
+    return _hash(*(file.read_bytes() for file in files))
+
+
+def _hash(*parts: bytes) -> str:
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:8]
+
+
+def plan(notebooks: list[Path], grid: list[dict], out: Path, threads: int,
+         timeout: int | None = None) -> list[Job]:
+    """All runs, checked before any starts. ValueError for a notebook that cannot be run, and for
+    a parameter or a value that it does not take."""
+    jobs, here, core = {}, commit(), core_hash()
+    for notebook in notebooks:
+        known, code = _look_into(notebook)
+        for point in grid:
+            parameters = {name: typed(name, value, known, notebook.name)
+                          for name, value in point.items()}
+            folder = _folder(out, notebook, parameters)
+            if folder in jobs:
+                raise ValueError(f"the run {folder.name} is there twice")
+            jobs[folder] = Job(notebook, folder, threads, {
+                "command": _command(notebook, parameters), "commit": here,
+                "notebook": notebook.name, "parameters": parameters,
+                "fingerprint": {"notebook": code, "core": core}}, timeout)
+    return list(jobs.values())
+
+
+def _look_into(path: Path) -> tuple[dict[str, tuple], str]:
+    """A notebook's parameters, and the hash of its code."""
+    notebook = open_notebook(path)
+    code = (cell.source.encode() for cell in notebook.cells if cell.cell_type == "code")
+    try:
+        return parameters_of(notebook), _hash(*code)
+    except SyntaxError as error:
+        raise ValueError(f"{path}: its parameters cell is not Python: {error}") from error
+
+
+def _folder(out: Path, notebook: Path, parameters: dict) -> Path:
+    """The folder of a run. Notebooks of one name have other data beside them in other places, so
+    where they lie is in the hash."""
+    label = "-".join([notebook.stem, *(f"{k}={v}" for k, v in parameters.items())])
+    label = re.sub(r"[^\w.=+,-]+", "_", label, flags=re.ASCII)[:80]
+    asked = repr(sorted(parameters.items()))
+    return out / f"{label}-{_hash(_seen_from(out, notebook).encode(), asked.encode())}"
+
+
+def _command(notebook: Path, parameters: dict) -> str:
+    """What makes this run alone, from the folder where the batch was started."""
+    path = shlex.quote(_seen_from(Path.cwd(), notebook))
+    options = ["--grid " + shlex.quote(f"{name}={value!r}") for name, value in parameters.items()]
+    return " ".join(["python -m mythos_core.batch", path, *options])
+
+
+def _seen_from(folder: Path, file: Path) -> str:
+    """The way from a folder to a file; the file's full path if there is none, as between two
+    drives."""
+    with suppress(ValueError):
+        return os.path.relpath(file, folder)
+    return str(file)
+
+
+def state(job: Job) -> str:
+    """What there is of a run: missing, failed, stale and why, or up to date."""
+    result = read(job.folder)
+    before = result["fingerprint"]
+    changed = [part for part, value in job.about["fingerprint"].items()
+               if before.get(part, value) != value]
+    if changed:
+        return f"stale, {' and '.join(changed)} changed"
+    return {"passed": "up to date", "failed": "failed"}.get(result["status"], "missing")

@@ -1,0 +1,44 @@
+"""What is recorded of a run: declared by its notebook, and read again from its folder."""
+import json
+from pathlib import Path
+
+MIME = "application/vnd.mythos-core.results+json"
+FIELDS = ("status", "error", "results", "claims", "seconds", "peak_mb", "notebook", "parameters",
+          "fingerprint", "command", "commit", "versions")
+
+
+def results(**values):
+    """Called in a notebook, declares values as its results, for result.json and the table; a later
+    call adds to an earlier one.
+
+    Numbers, strings, lists, dicts, arrays and tensors; NaN and infinities become null, as JSON has
+    none.
+    """
+    from IPython.display import display
+    text = json.dumps(values, default=lambda value: value.tolist())
+    plain = json.loads(text, parse_constant=lambda name: None)
+    lines = "\n".join(f"{name} = {value}" for name, value in plain.items())
+    display({MIME: plain, "text/plain": lines}, raw=True)
+
+
+def declared(cells: list) -> dict:
+    """What the cells of an executed notebook declared by `results`."""
+    outputs = (output for cell in cells for output in cell.get("outputs", []))
+    return {k: v for output in outputs for k, v in output.get("data", {}).get(MIME, {}).items()}
+
+
+def count_claims(cells: list) -> int:
+    """Lines that begin with PASS in what the cells tagged `claims` printed."""
+    claims = (cell for cell in cells if "claims" in cell.metadata.get("tags", []))
+    printed = (output.get("text", "") for cell in claims for output in cell.get("outputs", []))
+    return sum(line.startswith("PASS") for text in printed for line in text.splitlines())
+
+
+def read(folder: Path) -> dict:
+    """A run's result; of status "unreadable" if there is none, or not a whole one."""
+    try:
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        return {"run": folder.name, **{name: result[name] for name in FIELDS}}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        return {"run": folder.name, "status": "unreadable",
+                "error": f"no whole result.json: {error!r}", "fingerprint": {}}

@@ -1,0 +1,33 @@
+"""What is made of a batch's runs: a report, and published notebooks."""
+from pathlib import Path
+
+import nbformat
+
+from mythos_core.batch.plan import CORE, Job
+from mythos_core.batch.run import execute
+
+
+def report(out: Path):
+    """Table, summary and index of the runs in a folder, by mythos_core/report.ipynb."""
+    about = {"parameters": {"out": str(out)}}
+    error, _ = execute(Job(CORE / "report.ipynb", out, 0, about), out)
+    print((out / "stdout.txt").read_text(encoding="utf-8"), end="")
+    print(f"no report: {error}" if error else f"report in {out / 'index.html'}")
+
+
+def reported(jobs: list[Job], out: Path) -> bool:
+    """Whether the report is newer than these runs, which are all up to date."""
+    page = out / "index.html"
+    newest = max((job.folder / "result.json").stat().st_mtime for job in jobs)
+    return page.exists() and newest <= page.stat().st_mtime
+
+
+def publish(job: Job):
+    """Put the executed notebook in the place of its source, without what differs from run to run
+    or machine to machine."""
+    notebook = nbformat.read(job.folder / "notebook.ipynb", as_version=4)
+    for part in [notebook, *notebook.cells]:
+        kept = {k: v for k, v in part.metadata.items()
+                if k not in ("papermill", "execution", "widgets")}
+        part.metadata = nbformat.from_dict(kept)
+    nbformat.write(notebook, job.notebook)
