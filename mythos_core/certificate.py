@@ -95,7 +95,7 @@ def certify(model: OpenMythos, machine: Machine,
     Args:
         codes: to round to. Default: the model's own, if it has some; else means of the settled
             states of strings of at most 16 elements, taken by the machine's state, its answer and
-            the last k letters, with the least k from 0 to 3 that gives a proof. That labels choose
+            its last k moves, with the least k from 0 to 3 that gives a proof. That labels choose
             the codes takes nothing from the proof, which checks what they do.
 
     Raises:
@@ -151,22 +151,22 @@ def _with_codes(model: OpenMythos, codes: Tensor | None) -> OpenMythos:
 
 @torch.no_grad()
 def candidate_codes(model: OpenMythos, machine: Machine) -> Iterator[Float[Tensor, "codes dim"]]:
-    """Means of settled states by the machine's state, its answer and the last k letters, for
+    """Means of settled states by the machine's state and answer and its last k moves, for
     k = 0, 1, 2, 3."""
     generator = torch.Generator().manual_seed(0)
     ids, _ = machine.make_batch(max(256, 16 * len(machine)), SEEN, generator,
                                 model.embed.weight.device,
                                 "uniform" if machine.reversible else "touring")
     h = model.recurrent.settle(model.encode(ids, model.context(ids))).flatten(0, 1)
-    label = machine.outcomes(ids)
+    label, moves = machine.outcomes(ids), machine.moves(ids) + 1
     for k in range(4):
-        _, group = label.flatten().unique(return_inverse=True)
+        _, label = label.unique(return_inverse=True)
+        group = label.flatten()
         n = int(group.max()) + 1
         sums = torch.zeros(n, h.shape[1], dtype=h.dtype, device=h.device).index_add(0, group, h)
         yield sums / group.bincount(minlength=n).unsqueeze(1)
-        # the letter k before, 0 before the first
-        earlier = F.pad(ids, (k, 0))[:, :ids.shape[1]]
-        label = label * (machine.letters + 1) + earlier
+        # the move k before, 0 before the first
+        label = label * (moves.max() + 1) + F.pad(moves, (k, 0))[:, :ids.shape[1]]
 
 
 def _certify(bare: OpenMythos, machine: Machine, codes: Tensor) -> Certificate:
