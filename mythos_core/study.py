@@ -11,10 +11,11 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from mythos_core.machines import machine
 from mythos_core.model import OpenMythos
 from mythos_core.parity import answers, make_batch
 from mythos_core.probes import depth_sweep
-from mythos_core.recipes import Recipe, get_recipe
+from mythos_core.recipes import Recipe, get_recipe, recipe_for
 from mythos_core.training import Run
 
 RESULTS = Path(__file__).parent / "results"
@@ -34,7 +35,10 @@ TOKENS = 2048  # of a pass: what they need between two operations stays in the p
 
 
 def variant(name: str) -> Recipe:
-    """The recipe of a variant; ValueError listing the names there are."""
+    """The recipe of a variant, or "machine NAME" for that of a machine of `machines.machine`;
+    ValueError listing the names there are."""
+    if name.startswith("machine "):
+        return recipe_for(machine(name.removeprefix("machine ")))
     if name not in VARIANTS:
         raise ValueError(f"variant = {name!r}: must be one of {sorted(VARIANTS)}")
     changes: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v
