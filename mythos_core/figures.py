@@ -4,8 +4,11 @@ import os
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import networkx as nx
 import numpy as np
 import torch
+
+from mythos_core.machines import Machine
 
 #: Okabe and Ito's colour-blind safe palette (and Tol's wine), one colour for one thing in every notebook.
 COLOURS = {"article": "#D55E00", "extrapolating": "#0072B2", "scan": "#882255", "gqa": "#E69F00", "mla": "#009E73", "reference": "#999999", "accent": "#CC79A7"}
@@ -49,3 +52,41 @@ def loop_by_position(ax, matrix, title: str, label: str, **imshow):
     ax.grid(False)
     ax.figure.colorbar(image, ax=ax, label=label)
     return image
+
+
+MOST_DRAWN = 24  # states of a machine whose moves are labelled
+
+
+def draw_machine(machine: Machine, ax=None):
+    """A machine as a graph: a circle for each state, the start a square, an arrow for each move
+    with its letters / the answer (a token). Returns the figure."""
+    size = 2.5 + 0.45 * min(len(machine), MOST_DRAWN)
+    ax = ax or plt.subplots(figsize=(1.4 * size, size))[1]
+    labels = {}
+    for state, (row, said) in enumerate(zip(machine.next_state.tolist(), machine.answer.tolist())):
+        for letter, (after, answer) in enumerate(zip(row, said)):
+            labels.setdefault((state, after), {}).setdefault(answer, []).append(letter)
+    graph = nx.DiGraph(list(labels))
+    place = nx.circular_layout(sorted(graph))
+    bent = {"node_size": 420, "connectionstyle": "arc3,rad=0.12", "ax": ax}
+    nx.draw_networkx_edges(graph, place, edge_color="dimgrey", arrowsize=9, **bent)
+    for shape, nodes in (("s", [machine.start]), ("o", sorted(set(graph) - {machine.start}))):
+        nx.draw_networkx_nodes(graph, place, nodes, node_size=420, node_shape=shape, ax=ax,
+                               node_color="white", edgecolors=COLOURS["extrapolating"])
+    nx.draw_networkx_labels(graph, place, font_size=9, ax=ax)
+    if len(machine) <= MOST_DRAWN:
+        text = {edge: "\n".join(f"{_few(machine, letters)} / {answer}"
+                                for answer, letters in by_answer.items())
+                for edge, by_answer in labels.items()}
+        nx.draw_networkx_edge_labels(graph, place, text, font_size=7, rotate=False,
+                                     bbox={"color": "white", "pad": 0.2}, **bent)
+    ax.set_title(machine.name)
+    ax.set(xlim=(-1.3, 1.3), ylim=(-1.3, 1.3))
+    ax.axis("off")
+    return ax.figure
+
+
+def _few(machine, letters):
+    """The names of letters, the first three of many."""
+    names = [machine.symbols[letter] for letter in letters]
+    return ", ".join(names if len(names) < 4 else [*names[:3], "..."])

@@ -7,7 +7,8 @@ from mythos_core.config import MythosConfig, parity_config
 from mythos_core.groups import group
 from mythos_core.machines import Machine, machine
 
-FEW = 12  # states up to which a machine fits narrow experts and small batches
+FEW = 12            # states up to which a machine fits narrow experts and small batches
+MOST_MOVES = 20_000  # states times letters: each has to be met in training, and many times
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,13 @@ def recipe_for(machine: Machine, **changes) -> Recipe:
 
     Args:
         changes: to the recipe's fields; by "config.NAME" to the model's.
+
+    Raises:
+        ValueError: for a machine too large to be trained.
     """
+    if len(machine) * machine.letters > MOST_MOVES:
+        raise ValueError(f"machine {machine.name!r} has {len(machine):,} states x "
+                         f"{machine.letters:,} letters: must be at most {MOST_MOVES:,} together")
     few = len(machine) <= FEW
     model = dict(vocab_size=max(4, machine.vocab_size), max_seq_len=None, strict=True,
                  halting="settled", carry=False, rope=False, window=1, loop_embedding=False,

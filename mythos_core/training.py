@@ -2,11 +2,12 @@
 proved, if the recipe says what the model is to be.
 
     python -m mythos_core.training --recipe parity-extrapolating --seed 0 --out build/run
-    python -m mythos_core.training --machine S3 --seed 0 --out build/run
+    python -m mythos_core.training --machine 'regex:(ab)*c' --seed 0 --out build/run
 """
 import argparse
 import json
 import pickle
+import shlex
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mythos_core import figures
 from mythos_core.certificate import Certificate, certify
 from mythos_core.checkpoint import load, save, whole_steps
 from mythos_core.machines import Machine, machine
@@ -146,8 +148,9 @@ def _train_alone(recipe: Recipe | str, seed: int) -> bytes:
 def provenance(run: Run) -> dict:
     """Where a model comes from: the command that trains it again, the commit it was
     trained at, and what it reached."""
+    what = "recipe" if run.recipe.name in RECIPES else "machine"
     return {
-        "command": f"python -m mythos_core.training --recipe {run.recipe.name} "
+        "command": f"python -m mythos_core.training --{what} {shlex.quote(run.recipe.name)} "
                    f"--seed {run.seed} --out DIR",
         "recipe": run.recipe.as_dict() | {"config": "the fields beside this one"},
         "seed": run.seed, "commit": commit(), "torch": torch.__version__,
@@ -215,7 +218,7 @@ def _attempt(run: Run, row: dict) -> str:
         return ""
     certificate = certify(run.model, run.recipe.machine)
     row["proved"] = certificate.proved
-    return certificate.reason or f"{certificate.contexts} contexts right"
+    return f"{certificate.contexts} contexts, {certificate.wrong} wrong"
 
 
 def _step(run: Run, optimizer, step) -> dict:
@@ -347,23 +350,38 @@ def held_out(model: OpenMythos, recipe: Recipe, batch: int = 256) -> float:
     return (model.eval()(ids, n_loops).argmax(-1) == targets).all(1).float().mean().item()
 
 
+def pace(recipe: Recipe, device=None) -> float:
+    """Seconds that a step takes here, of a model that is thrown away."""
+    with torch.random.fork_rng():
+        run = Run(recipe, 0, OpenMythos(recipe.config).to(device))
+        optimizer = torch.optim.AdamW(run.model.parameters(), recipe.lr)
+        for _ in range(2):                                       # the first one warms up
+            start = time.perf_counter()
+            _step(run, optimizer, recipe.steps - 1)
+    return time.perf_counter() - start
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m mythos_core.training",
                                      description="Train a recipe from scratch.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--recipe", help=f"one of {sorted(RECIPES)}")
-    what.add_argument("--machine", help="train until it is proved to be this machine: parity, "
-                                        "or a group such as S3")
+    what.add_argument("--machine", help="train until it is proved to be this machine, such as S3, "
+                                        "even-pairs, divisible-by-7, or 'regex:(ab)*c'")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="instead of the recipe's own number")
     parser.add_argument("--device")
     parser.add_argument("--out", required=True,
-                        help="folder for checkpoint, weights, history and certificate")
+                        help="folder for checkpoint, weights, history, certificate and the "
+                             "picture of the automaton")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     args = parser.parse_args(argv)
     try:
         recipe = get_recipe(args.recipe) if args.recipe else recipe_for(machine(args.machine))
         recipe = replace(recipe, **({} if args.steps is None else {"steps": args.steps}))
+        seconds = pace(recipe, args.device)
+        print(f"{recipe.name}: at most {recipe.steps:,} steps, which take "
+              f"{recipe.steps * seconds / 60:.1f} minutes here")
         run = train(recipe, args.seed, args.device, out=args.out, resume=args.resume)
     except (ValueError, OSError, FloatingPointError, NotProved) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
@@ -373,6 +391,7 @@ def main(argv=None):
     if run.certificate:
         proof = (f", proved by {run.certificate.contexts} contexts "
                  f"with {len(run.certificate.codes)} codes")
+        figures.draw_machine(run.certificate.machine).savefig(Path(args.out, "automaton.png"))
     print(f"{recipe.name}, seed {args.seed}: loss {last['loss']:.5f}, "
           f"whole strings {last['held_out']:.3f}{proof}, "
           f"{last['seconds']:.1f} s; weights in {args.out}")

@@ -12,6 +12,7 @@ from matplotlib.testing.compare import compare_images
 
 from mythos_core import OpenMythos, figures
 from mythos_core.config import parity_config
+from mythos_core.machines import machine
 
 COMMITTED = Path(__file__).parent.parent / "figures"
 
@@ -77,3 +78,13 @@ def test_the_diagram_follows_the_model(architecture):
     assert {"2 blocks, run once", "64 tokens, 64 channels", "a token passes 2 of 3 experts, and 1 shared"} <= other
     assert off == 7             # loop embedding, token shift, MLA, LoRA, A h, B e, halting head
     assert other_off == 5       # token shift, MLA, A h, B e, halting
+
+
+def test_a_machine_is_drawn_with_its_letters_and_answers():
+    fig = figures.draw_machine(machine("regex:(ab)*c"))
+    texts = [text.get_text() for text in fig.axes[0].texts]
+    assert {"0", "1", "2", "a / 1", "b / 1", "b / 1\nc / 2", "a, b, c / 1"} <= set(texts)
+    plt.close(fig)
+    fig = figures.draw_machine(machine("decimal-addition"))
+    assert any("..." in text.get_text() for text in fig.axes[0].texts)
+    plt.close(fig)

@@ -140,8 +140,8 @@ def test_the_core_stays_thin():
 
 def test_imports_run_one_way():
     order = ["provenance", "batch", "config", "layers", "cache", "attention", "moe", "halting",
-             "loop", "weights", "model", "interop", "groups", "parity", "machines", "recipes",
-             "certificate", "checkpoint", "training", "probes", "study", "figures"]
+             "loop", "weights", "model", "interop", "groups", "parity", "machines", "figures",
+             "recipes", "certificate", "checkpoint", "training", "probes", "study"]
     for position, module in enumerate(order):
         assert all(order.index(other) < position for other in imported(module)), module
 

@@ -23,7 +23,9 @@ from mythos_core.training import (
     held_out,
     learning_rate,
     main,
+    mean_loss,
     means_by,
+    move_weights,
     ponder,
     train,
     train_all,
@@ -302,6 +304,42 @@ def test_the_center_loss_is_the_spread_of_states_that_mean_the_same():
     spread = sum((h[states == s] - h[states == s].mean(0)).square().sum() for s in (0, 1, 7))
     assert center_loss(h, states).item() == pytest.approx((spread / h.square().sum()).item())
     assert center_loss(means_by(h.flatten(0, 1), states.flatten()).view_as(h), states).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_a_regular_expression_becomes_a_proved_model_at_the_command_line(tmp_path, capsys):
+    of = machine("regex:(ab)*c")
+    main(["--machine", of.name, "--out", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "regex:(ab)*c: at most 4,000 steps, which take " in said and ", proved by " in said
+    model = OpenMythos.from_pretrained(tmp_path)
+    assert certify(model, of).proved
+    text = of.encode("ababc")
+    assert model(text).argmax(-1).tolist() == [[1, 1, 1, 1, 2]]
+    kept = json.loads((tmp_path / "certificate.json").read_text(encoding="utf-8"))
+    assert kept["proved"] and kept["machine"]["next_state"] == of.next_state.tolist()
+    assert (tmp_path / "automaton.png").stat().st_size > 5000
+    command = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["provenance"]
+    assert "--machine 'regex:(ab)*c' --seed 0" in command["command"]
+
+
+def test_a_machine_too_large_to_be_trained_is_refused():
+    large = Machine.from_table(torch.zeros(201, 100, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"machine 'table' has 201 states x 100 letters: must be"):
+        recipe_for(large)
+
+
+def test_rare_moves_weigh_as_much_as_common_ones():
+    of = machine("regex:(ab)*c")
+    ids = of.encode("abccccccc").repeat(3, 1)
+    weight, moves = move_weights(of, ids), of.moves(ids)
+    for move in moves.unique():
+        assert weight[moves == move].sum() == pytest.approx(1.0)
+    logits, targets = torch.randn(27, 4), of.answers(ids).flatten()
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    found = mean_loss(logits, targets, weight.flatten())
+    by_hand = torch.stack([losses[moves.flatten() == move].mean() for move in moves.unique()])
+    torch.testing.assert_close(found, by_hand.mean())
+    torch.testing.assert_close(mean_loss(logits, targets, None), losses.mean())
 
 
 def test_any_machine_has_a_recipe():
