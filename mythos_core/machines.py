@@ -408,7 +408,8 @@ NAMES: dict[str, Callable[..., Machine]] = {
     r"addition": lambda: addition(2, "addition"),
     r"decimal-addition": lambda: addition(10, "decimal-addition"),
     r"digits-mod-([1-9]\d?)": lambda m: digit_sum(int(m)),
-    r"brackets-([1-4])-([1-4])": lambda kinds, depth: brackets(int(kinds), int(depth)),
+    r"brackets-([2-4])-([1-4])": lambda kinds, depth: brackets(int(kinds), int(depth)),
+    r"brackets-1-([1-9]\d?)": lambda depth: brackets(1, int(depth)),
     r"random-([1-9]\d?)-([1-9]\d?)-(\d+)": lambda *sizes: random_machine(*map(int, sizes)),
 }
 

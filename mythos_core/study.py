@@ -99,6 +99,8 @@ def accuracy_row(run: Run) -> dict:
 
 
 def load(file: Path) -> list[dict]:
-    """The rows of a batch's results.json, in the order of `VARIANTS`, then of seeds."""
+    """The rows of a batch's results.json, in the order of `VARIANTS` and of `MEASURED` machines,
+    then of seeds."""
     rows = json.loads(file.read_text(encoding="utf-8"))
-    return sorted(rows, key=lambda row: (list(VARIANTS).index(row["variant"]), row["seed"]))
+    order = [*VARIANTS, *MEASURED["machines"]]
+    return sorted(rows, key=lambda row: (order.index(row["variant"]), row["seed"]))

@@ -74,7 +74,7 @@ def test_whole_strings_counts_strings_that_are_right_everywhere():
     assert study.whole_strings(Oracle(get_recipe("parity-carrying").config), 20, 5, strings=4) == 3 / 4
 
 
-@pytest.fixture(params=["proofs", "far", "reach", "ablations", "exits", "experts", "generation", "states", "gru", "pace"])
+@pytest.fixture(params=["proofs", "machines", "far", "reach", "ablations", "exits", "experts", "generation", "states", "gru", "pace"])
 def committed(request):
     return study.load(study.RESULTS / f"{request.param}.json")
 
@@ -114,6 +114,21 @@ def test_every_proof_that_was_tried_is_kept_and_none_is_contradicted():
         assert all(of["whole"] == of["strings"] > 0 for of in row["answered"].values())
     assert all(found == list(range(len(found))) for found in seeds.values())
     assert {name for name, _ in seeds} == set(study.MEASURED["proofs"])
+
+
+def test_all_machines_that_were_tried_are_kept_and_no_proof_is_contradicted():
+    """Named ones by seeds from 0 on without a gap, the 40 random ones by one seed each."""
+    seeds, proved = {}, {}
+    for row in study.load(study.RESULTS / "machines.json"):
+        seeds.setdefault(row["variant"], []).append(row["seed"])
+        proved.setdefault(row["variant"], []).append(row["certificate"]["proved"])
+        if row["certificate"]["proved"]:
+            assert row["certificate"]["wrong"] == 0 and row["same_machine"]
+            assert all(of["whole"] == of["strings"] > 0 for of in row["answered"].values())
+    assert all(found == list(range(len(found))) for found in seeds.values())
+    assert seeds.keys() == set(study.MEASURED["machines"])
+    drawn = [found for name, found in proved.items() if name.startswith("machine random")]
+    assert drawn == 40 * [[True]]
 
 
 def test_a_string_of_a_million_elements_was_right_from_a_cache_that_does_not_grow():
