@@ -38,6 +38,7 @@ from mythos_core.model import OpenMythos
 SPARE = 100             # how many times the measured error another machine may have
 MOST_CONTEXTS = 200_000
 PART = 4096             # contexts of one pass
+TRIED = 20_000          # codes times letters, at most, of codes that are chosen by moves
 SEEN = 16               # elements of the strings whose states the codes are chosen from
 
 Context = tuple[tuple[int, ...], tuple[int, ...]]  # tokens, codes of the positions before
@@ -95,7 +96,8 @@ def certify(model: OpenMythos, machine: Machine,
     Args:
         codes: to round to. Default: the model's own, if it has some; else means of the settled
             states of strings of at most 16 elements, taken by the machine's state, its answer and
-            its last k moves, with the least k from 0 to 3 that gives a proof. That labels choose
+            its last k moves, with the least k from 0 to 3 that gives a proof, as far as there are
+            not too many. That labels choose
             the codes takes nothing from the proof, which checks what they do.
 
     Raises:
@@ -163,6 +165,8 @@ def candidate_codes(model: OpenMythos, machine: Machine) -> Iterator[Float[Tenso
         _, label = label.unique(return_inverse=True)
         group = label.flatten()
         n = int(group.max()) + 1
+        if k and n * machine.letters > TRIED:
+            return
         sums = torch.zeros(n, h.shape[1], dtype=h.dtype, device=h.device).index_add(0, group, h)
         yield sums / group.bincount(minlength=n).unsqueeze(1)
         # the move k before, 0 before the first
