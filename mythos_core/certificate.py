@@ -96,9 +96,9 @@ def certify(model: OpenMythos, machine: Machine,
     Args:
         codes: to round to. Default: the model's own, if it has some; else means of the settled
             states of strings of at most 16 elements, taken by the machine's state, its answer and
-            its last k moves, with the least k from 0 to 3 that gives a proof, as far as there are
-            not too many. That labels choose
-            the codes takes nothing from the proof, which checks what they do.
+            its last k moves, with the least k from 0 to 3 that gives a proof; where that makes too
+            many codes (`TRIED`), a smaller k is the last. That labels choose the codes takes
+            nothing from the proof, which checks what they do.
 
     Raises:
         ValueError: if the model is not of the kind that the theorem is about, or

@@ -160,10 +160,15 @@ class Machine:
 
     @cached_property
     def open_letters(self) -> Bool[Tensor, "states letters"]:
-        """The letters that leave the most states within reach: those that keep out of traps."""
-        every = torch.ones_like(self.next_state, dtype=torch.bool)
-        left = (self.distance(every) < len(self)).sum(1)[self.next_state]
-        return left == left.amax(1, keepdim=True)
+        """The letters that keep out of traps: those that leave the largest set of states that lead
+        to each other within reach, and do not leave such a set if they can."""
+        near = self.distance(torch.ones_like(self.next_state, dtype=torch.bool)) < len(self)
+        mutual = near & near.T
+        size = mutual.sum(1)                                     # of the set that a state is in
+        best = torch.where(near, size, 0).amax(1)                # of the largest within reach
+        stays = mutual.gather(1, self.next_state) & (size == best).unsqueeze(1)
+        rank = 2 * best[self.next_state] + stays
+        return rank == rank.amax(1, keepdim=True)
 
     def distance(self, allowed: Bool[Tensor, "states letters"]) -> Int[Tensor, "states states"]:
         """Letters of a shortest string of `allowed` ones from a state to a state; as many as there

@@ -229,3 +229,7 @@ def test_distances_are_those_of_shortest_strings():
     assert trap.distance(trap.next_state >= 0).tolist() == [[0, 1], [2, 0]]
     assert trap.distance(trap.next_state == 0).tolist() == [[0, 2], [2, 0]]
     assert trap.open_letters.tolist() == [[True, False], [True, True]]
+    once = Machine.from_table([[0, 1], [2, 1], [1, 2]])          # a start that is left for good
+    assert once.open_letters.all()
+    assert machine("flip-flop").open_letters.all()
+    assert not machine("brackets-2-3").open_letters.all()
