@@ -190,7 +190,7 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
         if not folder.is_dir():
             _require(is_hub_id, "name_or_dir", repr(str(name_or_dir)),
                      f"a directory, a hub id 'owner/name', or one of {shipped()}")
-            folder = Path(snapshot_download(name_or_dir, allow_patterns=FILES, **hub))
+            folder = Path(snapshot_download(str(name_or_dir), allow_patterns=FILES, **hub))
         config = read_config(folder / "config.json")
         return load_weights(cls, config, folder / "model.safetensors").to(map_location).eval()
 

@@ -3,6 +3,7 @@ said by file, before anything of the size that it claims is built."""
 import json
 import warnings
 from pathlib import Path
+from typing import TypeVar
 
 import safetensors
 import safetensors.torch
@@ -11,6 +12,7 @@ import torch.nn as nn
 
 from mythos_core.config import MythosConfig
 
+Model = TypeVar("Model", bound=nn.Module)
 PRETRAINED = Path(__file__).parent / "pretrained"
 FLOATS = ("F64", "F32", "F16", "BF16")
 TIED = {"head.weight", "embed.weight"}   # one tensor, of which a file has one name
@@ -44,7 +46,7 @@ def read_config(file: Path) -> MythosConfig:
     return config
 
 
-def load_weights(make: type[nn.Module], config: MythosConfig, file: Path) -> nn.Module:
+def load_weights(make: type[Model], config: MythosConfig, file: Path) -> Model:
     """`make(config)` with the weights of a safetensors file.
 
     Raises:

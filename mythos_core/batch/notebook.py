@@ -38,7 +38,8 @@ def parameters_of(notebook: nbformat.NotebookNode) -> dict[str, tuple]:
             continue
         annotation, value = getattr(statement, "annotation", None), statement.value
         plain = annotation is None or isinstance(annotation, ast.Name)
-        for target in getattr(statement, "targets", None) or [statement.target]:
+        for target in ([statement.target] if isinstance(statement, ast.AnnAssign)
+                       else statement.targets):
             known = plain and isinstance(target, ast.Name)
             default = (_literal(value) if known else UNKNOWN, value and ast.unparse(value))
             found |= dict.fromkeys(_names(target), default)

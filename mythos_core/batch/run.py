@@ -9,6 +9,7 @@ import time
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import papermill
@@ -88,7 +89,7 @@ def execute(job: Job, folder: Path) -> tuple[BaseException | None, float | None]
             raise InterruptedError("stopped")
 
 
-def _kernel_manager(job: Job, log) -> type[AsyncKernelManager]:
+def _kernel_manager(job: Job, log) -> Any:
     """Starts the run's kernel, with its log and its threads, and looks at its memory at the end."""
     # Dask sets a switch of glibc's that gives memory back at once: kernels took twice as long.
     environment = {k: v for k, v in os.environ.items() if k != "MALLOC_TRIM_THRESHOLD_"}
