@@ -127,7 +127,7 @@ def test_covering_strings_meet_every_move_that_there_is():
 
 
 def brackets_by_hand(kinds, depth):
-    """0 from the first bracket on that breaks the structure, else 1 while some are open, else 2."""
+    """3 from the first bracket on that breaks the structure, else 1 while some are open, else 2."""
     def after(text):
         stack = []
         for sign in text:

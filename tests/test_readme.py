@@ -69,6 +69,12 @@ def proofs():
     return ", ".join(said)
 
 
+def random_machines():
+    rows = study.load(study.RESULTS / "machines.json")
+    proved = [row["certificate"]["proved"] for row in rows if "random" in row["variant"]]
+    return f"Of {len(proved)} machines drawn at random {sum(proved)} were proved too"
+
+
 def generation(bits, loops):
     d = figure("generation_exact_match")
     return d["exact_match"][d["prompt_bits"].index(bits)][d["loops"].index(loops)]
@@ -87,6 +93,7 @@ CLAIMS = {
     "by hand": by_hand,
     "certificates": certificates,
     "proofs": proofs,
+    "random machines": random_machines,
     "balance": lambda: "from {:.2f} to {:.2f}".format(*(mean(figure("balance")[f"{k}_violation"]) for k in ("off", "on"))),
     "generation": lambda: f"{percent(generation(64, 16))} at 16 loops, {percent(generation(64, 96))} at 96",
     "article": lambda: f"article: {percent(sum(figure('training_article')['token_accuracy'][-50:]) / 50)} of tokens",
