@@ -379,6 +379,7 @@ def main(argv=None):
     try:
         recipe = get_recipe(args.recipe) if args.recipe else recipe_for(machine(args.machine))
         recipe = replace(recipe, **({} if args.steps is None else {"steps": args.steps}))
+        _check(recipe, args.seed, args.device)
         seconds = pace(recipe, args.device)
         print(f"{recipe.name}: at most {recipe.steps:,} steps, which take "
               f"{recipe.steps * seconds / 60:.1f} minutes here")

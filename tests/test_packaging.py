@@ -25,7 +25,7 @@ WORD = r"""-\S+|"[^"`]+"|'[^'`]+'|[\w.\[\]=<>+:/@~$(){},-]+"""
 
 
 def lines(file):
-    return [line.strip() for line in (ROOT / file).read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    return [line.strip() for line in (ROOT / file).read_text(encoding="utf-8").splitlines() if line.strip() and not line.lstrip().startswith("#")]
 
 
 def name(requirement):
@@ -128,7 +128,8 @@ def test_an_issue_form_asks_for_something(form):
 def test_the_core_stays_thin():
     functions = []
     for file in (ROOT / "mythos_core").rglob("*.py"):
-        tree, text = ast.parse(file.read_text()), file.read_text().splitlines()
+        code = file.read_text(encoding="utf-8")
+        tree, text = ast.parse(code), code.splitlines()
         docs = set()
         for node in ast.walk(tree):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
