@@ -10,8 +10,10 @@ import torch
 
 from mythos_core.machines import Machine
 
-#: Okabe and Ito's colour-blind safe palette (and Tol's wine), one colour for one thing in every notebook.
-COLOURS = {"article": "#D55E00", "extrapolating": "#0072B2", "scan": "#882255", "gqa": "#E69F00", "mla": "#009E73", "reference": "#999999", "accent": "#CC79A7"}
+#: Okabe and Ito's colour-blind safe palette (and Tol's wine), one colour for one thing in every
+#: notebook.
+COLOURS = {"article": "#D55E00", "extrapolating": "#0072B2", "scan": "#882255",
+           "gqa": "#E69F00", "mla": "#009E73", "reference": "#999999", "accent": "#CC79A7"}
 
 
 def use_house_style():
@@ -22,11 +24,13 @@ def use_house_style():
 def folder() -> Path:
     """Where figures go: $MYTHOS_FIGURES, or build/figures of the project."""
     here = Path.cwd()
-    return Path(os.environ.get("MYTHOS_FIGURES") or (here.parent if here.name == "notebooks" else here) / "build" / "figures")
+    project = here.parent if here.name == "notebooks" else here
+    return Path(os.environ.get("MYTHOS_FIGURES") or project / "build" / "figures")
 
 
 def save(fig, name: str, alt: str, **numbers) -> None:
-    """Write NAME.png, and NAME.json with the alternative text and the numbers plotted (6 significant digits)."""
+    """Write NAME.png, and NAME.json with the alternative text and the numbers plotted (6
+    significant digits)."""
     folder().mkdir(parents=True, exist_ok=True)
     fig.savefig(folder() / f"{name}.png", metadata={"Software": None})
     content = json.dumps({"alt": alt, **_plain(numbers)}, indent=1) + "\n"
@@ -45,9 +49,11 @@ def _plain(value):
 
 
 def loop_by_position(ax, matrix, title: str, label: str, **imshow):
-    """A heat map with loops (from 1) up the left and positions (from 1) along the bottom; returns the image."""
+    """A heat map with loops (from 1) up the left and positions (from 1) along the bottom; returns
+    the image."""
     matrix = np.asarray(matrix)
-    image = ax.imshow(matrix, origin="lower", aspect="auto", interpolation="nearest", extent=(0.5, matrix.shape[1] + 0.5, 0.5, matrix.shape[0] + 0.5), **imshow)
+    image = ax.imshow(matrix, origin="lower", aspect="auto", interpolation="nearest",
+                      extent=(0.5, matrix.shape[1] + 0.5, 0.5, matrix.shape[0] + 0.5), **imshow)
     ax.set(title=title, xlabel="position", ylabel="loop")
     ax.grid(False)
     ax.figure.colorbar(image, ax=ax, label=label)

@@ -1,6 +1,7 @@
-"""State tracking: the running product in a finite group. Token g + 1 is element g; the target at a position is the product, in order,
-of all elements up to it. Parity is the group Z2, and S5 the smallest symmetric group whose word problem is complete for NC1
-(Barrington 1989; Merrill et al. 2024, "The Illusion of State in State-Space Models")."""
+"""State tracking: the running product in a finite group. Token g + 1 is element g; the target at a
+position is the product, in order, of all elements up to it. Parity is the group Z2, and S5 the
+smallest symmetric group whose word problem is complete for NC1 (Barrington 1989; Merrill et al.
+2024, "The Illusion of State in State-Space Models")."""
 import re
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,13 +32,15 @@ class Group:
     def __len__(self) -> int:
         return len(self.elements)
 
-    def make_batch(self, batch: int, seq_len: int, generator: torch.Generator | None = None, device=None, strings: str = "uniform",
+    def make_batch(self, batch: int, seq_len: int, generator: torch.Generator | None = None,
+                   device=None, strings: str = "uniform",
                    generators: bool = False) -> tuple[Tensor, Tensor]:
         """`batch` random strings and their right answers.
 
         Args:
             strings: of `draw_letters`.
-            generators: whether the alphabet is the generators, but for the first element, which is any; or all elements everywhere.
+            generators: whether the alphabet is the generators, but for the first element, which is
+                any; or all elements everywhere.
 
         Returns:
             ids, targets: (batch, seq_len) int64 in 1 .. order; for parity, bit + 1.
@@ -51,10 +54,12 @@ class Group:
         return ids, self.answers(ids)
 
     def answers(self, ids: Int[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:
-        """The product of each prefix, as tokens, by Hillis and Steele's scan: log2(seq) rounds that double how far a product reaches."""
+        """The product of each prefix, as tokens, by Hillis and Steele's scan: log2(seq) rounds that
+        double how far a product reaches."""
         product, table, reach = ids - 1, self.table.to(ids.device), 1
         while reach < ids.shape[1]:
-            product = torch.cat([product[:, :reach], table[product[:, :-reach], product[:, reach:]]], 1)
+            product = torch.cat([product[:, :reach],
+                                 table[product[:, :-reach], product[:, reach:]]], 1)
             reach *= 2
         return product + 1
 
@@ -64,10 +69,10 @@ def draw_letters(n_letters: int, batch: int, seq_len: int, generator: torch.Gene
     """Random strings of letters 0 .. n_letters - 1.
 
     Args:
-        strings: "uniform": every letter is as likely. "mixed": in half of the rows a letter is not the
-            first of the alphabet with probability p, drawn for each row; half have runs, whose letter
-            changes with probability q, drawn for each row. Uniform strings alone hide that a model is
-            slow on long runs.
+        strings: "uniform": every letter is as likely. "mixed": in half of the rows a letter is not
+            the first of the alphabet with probability p, drawn for each row; half have runs, whose
+            letter changes with probability q, drawn for each row. Uniform strings alone hide that a
+            model is slow on long runs.
     """
     for name, value in (("batch", batch), ("seq_len", seq_len)):
         if value < 1:
@@ -78,7 +83,8 @@ def draw_letters(n_letters: int, batch: int, seq_len: int, generator: torch.Gene
         return torch.randint(0, n_letters, (batch, seq_len), generator=generator)
 
     def rare():
-        """In each row, with a probability drawn for it, one of the letters 1, 2, ... at random, else 0."""
+        """In each row, with a probability drawn for it, one of the letters 1, 2, ... at random,
+        else 0."""
         u = torch.rand(batch, seq_len, generator=generator)
         p = torch.rand(batch, 1, generator=generator)
         other = 1 + u / p * (n_letters - 1)                      # u / p is uniform where u < p
@@ -90,7 +96,8 @@ def draw_letters(n_letters: int, batch: int, seq_len: int, generator: torch.Gene
 
 @lru_cache
 def group(name: str) -> Group:
-    """Z_n (cyclic), D_n (dihedral, 2n elements), S_n (symmetric) or A_n (alternating), by name: "Z2", "D4", "S5", "A5".
+    """Z_n (cyclic), D_n (dihedral, 2n elements), S_n (symmetric) or A_n (alternating), by name:
+    "Z2", "D4", "S5", "A5".
 
     ValueError for another name.
     """
@@ -98,7 +105,8 @@ def group(name: str) -> Group:
         raise ValueError(f"group = {name!r}: must be Z2 to Z99, D3 to D99, S2 to S6, or A3 to A6")
     n = int(name[1:])
     cycle, rest = (*range(1, n), 0), tuple(range(3, n))
-    made = {"Z": [cycle], "D": [cycle, tuple(reversed(range(n)))], "S": [(1, 0, *range(2, n)), cycle],
+    made = {"Z": [cycle], "D": [cycle, tuple(reversed(range(n)))],
+            "S": [(1, 0, *range(2, n)), cycle],
             "A": [(1, 2, 0, *rest), cycle if n % 2 else (0, *range(2, n), 1)]}[name[0]]
     made = list(dict.fromkeys(made))                             # two of S2's, and of A3's, are one
     # origin: of all but the first, an earlier element times a generator; right: all such products

@@ -28,19 +28,24 @@ def several_processes() -> bool:
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / rms(x) * weight with rms(x)^2 = mean(x^2) + eps, over the last axis (Zhang & Sennrich 2019)."""
+    """x / rms(x) * weight with rms(x)^2 = mean(x^2) + eps, over the last axis (Zhang & Sennrich
+    2019)."""
 
     def forward(self, x: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim"]:
-        return _RMSNorm.apply(x, self.weight, self.eps) if self.training and torch.is_grad_enabled() else super().forward(x)
+        if self.training and torch.is_grad_enabled():
+            return _RMSNorm.apply(x, self.weight, self.eps)
+        return super().forward(x)
 
 
 class _RMSNorm(torch.autograd.Function):
-    """The same with its gradient in closed form, for training: half as many passes over memory as a CPU makes of it otherwise, and x is
-    kept, not x and x / rms(x). First derivatives in reverse only: those of `torch.func` are of a model in eval mode."""
+    """The same with its gradient in closed form, for training: half as many passes over memory as a
+    CPU makes of it otherwise, and x is kept, not x and x / rms(x). First derivatives in reverse
+    only: those of `torch.func` are of a model in eval mode."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        scale = (x.to(torch.promote_types(x.dtype, torch.float32)).square().mean(-1, keepdim=True) + eps).rsqrt()
+        scale = (x.to(torch.promote_types(x.dtype, torch.float32)).square().mean(-1, keepdim=True)
+                 + eps).rsqrt()
         ctx.save_for_backward(x, weight.to(scale.dtype), scale)
         return (x * scale * weight).to(x.dtype)
 
@@ -48,37 +53,45 @@ class _RMSNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         x, weight, scale = ctx.saved_tensors
-        unit = x * scale                                         # its derivative: scale (dx - unit mean(unit dx))
+        unit = x * scale  # its derivative: scale (dx - unit mean(unit dx))
         along = gradient * unit
-        across = torch.addcmul(gradient * weight, unit, (along @ weight).unsqueeze(-1), value=-1 / len(weight))
+        across = torch.addcmul(gradient * weight, unit, (along @ weight).unsqueeze(-1),
+                               value=-1 / len(weight))
         return across.mul_(scale), along.flatten(0, -2).sum(0), None
 
 
-def rope_table(start: int, length: int, dim: int, theta: float, like: Tensor) -> Complex[Tensor, "seq 1 pairs"]:
-    """exp(i m f_j) for positions m = start .. start + length - 1 and pairs j = 0 .. dim / 2 - 1, f_j = theta^(-2j / dim).
+def rope_table(start: int, length: int, dim: int, theta: float,
+               like: Tensor) -> Complex[Tensor, "seq 1 pairs"]:
+    """exp(i m f_j) for positions m = start .. start + length - 1 and pairs j = 0 .. dim / 2 - 1,
+    f_j = theta^(-2j / dim).
 
-    RoPE (Su et al. 2021), in complex64 (complex128 for a float64 model): angles near position 1,000 need more digits than
-    bfloat16 has. Made for each pass rather than kept: it costs microseconds, while a buffer would be saved, cast and bounded.
+    RoPE (Su et al. 2021), in complex64 (complex128 for a float64 model): angles near position 1,000
+    need more digits than bfloat16 has. Made for each pass rather than kept: it costs microseconds,
+    while a buffer would be saved, cast and bounded.
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
     frequency = 1.0 / theta ** (torch.arange(0, dim, 2, device=like.device, dtype=dtype) / dim)
-    angle = torch.outer(torch.arange(start, start + length, device=like.device, dtype=dtype), frequency).unsqueeze(1)
+    position = torch.arange(start, start + length, device=like.device, dtype=dtype)
+    angle = torch.outer(position, frequency).unsqueeze(1)
     return torch.polar(torch.ones_like(angle), angle)
 
 
 def rotate(x: Float[Tensor, "batch seq heads dim"], table) -> Float[Tensor, "batch seq heads dim"]:
-    """Turn the pairs (x_2j, x_2j+1) by the table's angles, as one product of complex numbers; `table` None leaves x as it is (NoPE).
+    """Turn the pairs (x_2j, x_2j+1) by the table's angles, as one product of complex numbers;
+    `table` None leaves x as it is (NoPE).
 
-    A pair is read as a complex number where it lies, so strides must be even, but for the last, which is 1.
+    A pair is read as a complex number where it lies, so strides must be even, but for the last,
+    which is 1.
     """
     if table is None:
         return x
-    pairs = torch.view_as_complex(x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2)))
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)), Shazeer 2020. gate and up are one matrix: (dim -> 2 * hidden)."""
+    """down(silu(gate(x)) * up(x)), Shazeer 2020. gate and up are one matrix: (dim -> 2 hidden)."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()

@@ -19,16 +19,19 @@ from mythos_core.weights import PRETRAINED, load_weights, read_config, shipped
 FILES = ["config.json", "model.safetensors"]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
-PIECE = 8  # positions of a strict model that are looped together behind a cache, unless n_loops says it:
+# positions of a strict model that are looped together behind a cache, unless n_loops says it:
+PIECE = 8
 #            loops grow with them, and passes of prelude and coda become fewer
-SLOWLY = 100  # loops a position, at most, in which a strict model with the carry comes near enough to rest
+# loops a position, at most, in which a strict model with the carry comes near enough to rest
+SLOWLY = 100
 
 
 class OpenMythos(nn.Module, PyTorchModelHubMixin):
     """A recurrent-depth transformer.
 
-        e = prelude(embed(ids));  h_0 = e;  h_{t+1} = A * h_t + B * e + block(norm(h_t + e + ...))   for t = 0 .. T - 1
-        logits = head(norm(coda(ACT-weighted sum of h_1 .. h_T)))           # coda(h_T) with halting off
+        e = prelude(embed(ids));  h_0 = e
+        h_{t+1} = A * h_t + B * e + block(norm(h_t + e + ...))          for t = 0 .. T - 1
+        logits = head(norm(coda(ACT-weighted sum of h_1 .. h_T)))       coda(h_T) with halting off
 
     The head's weight is the embedding's. Same weights, any T: depth is chosen at each call. With
     `config.strict` the loop must settle (`RecurrentBlock`), and T is as many loops as that takes.
@@ -57,16 +60,20 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
         """Logits of the next token at each position.
 
         Args:
-            ids: (B, S) int64 tokens. Behind what `kv_cache` holds, if given: positions continue there.
-            n_loops: T >= 1, the most loops; default max_loop_iters, or in a strict model as many as it
-                takes to settle. With one cache, the same at every call, unless the model is strict.
-            kv_cache: filled in place; a cached pass is inference and records no gradient. A strict model
-                reads `ids` in pieces of n_loops * stride positions, which settle in n_loops; so its logits
-                do not depend on n_loops, and n_loops = 1 is a recurrent network, left to right.
+            ids: (B, S) int64 tokens. Behind what `kv_cache` holds, if given: positions continue
+                there.
+            n_loops: T >= 1, the most loops; default max_loop_iters, or in a strict model as many as
+                it takes to settle. With one cache, the same at every call, unless the model is
+                strict.
+            kv_cache: filled in place; a cached pass is inference and records no gradient. A strict
+                model reads `ids` in pieces of n_loops * stride positions, which settle in n_loops;
+                so its logits do not depend on n_loops, and n_loops = 1 is a recurrent network, left
+                to right.
             observer: called with a `LoopRecord` after each loop that ran.
 
         Raises:
-            ValueError: before any work, the cache untouched, naming the argument, its value and what is allowed.
+            ValueError: before any work, the cache untouched, naming the argument, its value and
+                what is allowed.
         """
         settles, strict = n_loops is None and self.config.strict, self.config.strict
         if n_loops is None:
@@ -80,10 +87,10 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
             if settles:
                 n_loops = ids.shape[1] * (SLOWLY if self.config.carry else 1)
             return self.decode(self.recurrent(e, n_loops, ctx, observer), ctx)
-        with torch.inference_mode():                             # spares small operations their bookkeeping
+        with torch.inference_mode():  # spares small operations their bookkeeping
             pieces = ids.split(n_loops * self.config.stride, 1) if strict else [ids]
             logits = [self._cached(piece, n_loops, kv_cache, observer) for piece in pieces]
-        return torch.cat(logits, 1)                              # outside: one that may be changed in place
+        return torch.cat(logits, 1)  # outside: one that may be changed in place
 
     def _cached(self, ids, n_loops, kv_cache, observer):
         ctx = self.context(ids, kv_cache)
@@ -105,21 +112,26 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
             x, _ = block(x, ctx, f"prelude.{i}")
         return x
 
-    def decode(self, output: Float[Tensor, "batch seq dim"], ctx: Context) -> Float[Tensor, "batch seq vocab"]:
+    def decode(self, output: Float[Tensor, "batch seq dim"],
+               ctx: Context) -> Float[Tensor, "batch seq vocab"]:
         """head(norm(coda(output)))."""
         for i, block in enumerate(self.coda):
             output, _ = block(output, ctx, f"coda.{i}")
         return self.head(self.norm(output))
 
     def without_halting(self) -> "OpenMythos":
-        """A copy in eval mode that runs every loop it is asked for: the same weights, halting = "none"."""
+        """A copy in eval mode that runs every loop it is asked for: the same weights, halting =
+        "none"."""
         free = OpenMythos(replace(self.config, halting="none")).to(self.embed.weight)
-        free.load_state_dict({name: weight for name, weight in self.state_dict().items() if not name.startswith("recurrent.act.")})
+        free.load_state_dict({name: weight for name, weight in self.state_dict().items()
+                              if not name.startswith("recurrent.act.")})
         return free.eval()
 
     @torch.no_grad()
-    def generate(self, ids: Tensor, max_new_tokens: int = 64, n_loops: int = 8, temperature: float = 1.0, top_k: int = 50,
-                 generator: torch.Generator | None = None, use_cache: bool = True, cache_loops: int | None = None,
+    def generate(self, ids: Tensor, max_new_tokens: int = 64, n_loops: int = 8,
+                 temperature: float = 1.0, top_k: int = 50,
+                 generator: torch.Generator | None = None, use_cache: bool = True,
+                 cache_loops: int | None = None,
                  observer: Observer | None = None) -> Int[Tensor, "batch longer"]:
         """`ids` (B, S) continued by `max_new_tokens` sampled tokens: (B, S + max_new_tokens).
 
@@ -130,33 +142,41 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
             top_k: sample among that many most likely tokens; 0 or more than vocab_size = among all.
             generator: source of randomness; default torch's own.
             use_cache: False recomputes every token from scratch; slower, same tokens.
-            cache_loops: `KVCache.loops`: fewer entries than loops, other logits. A strict model has one anyway.
+            cache_loops: `KVCache.loops`: fewer entries than loops, other logits. A strict model has
+                one anyway.
             observer: as for `forward`; sees every pass.
         """
         self._check(ids, n_loops, None)
         limits = self.config
-        _require(1 <= max_new_tokens <= limits.max_output_tokens, "max_new_tokens", max_new_tokens, f"in 1 .. max_output_tokens = {limits.max_output_tokens}")
+        _require(1 <= max_new_tokens <= limits.max_output_tokens, "max_new_tokens",
+                 max_new_tokens, f"in 1 .. max_output_tokens = {limits.max_output_tokens}")
         self._check_length("ids.shape[1] + max_new_tokens", ids.shape[1] + max_new_tokens)
         _require(temperature >= 0, "temperature", temperature, "0 or more")
         _require(top_k >= 0, "top_k", top_k, "0 or more")
-        _require(use_cache or cache_loops is None, "cache_loops", cache_loops, "None if use_cache is False")
+        _require(use_cache or cache_loops is None, "cache_loops",
+                 cache_loops, "None if use_cache is False")
         cache = KVCache(ids.shape[1] + max_new_tokens, cache_loops) if use_cache else None
         n_loops = None if self.config.strict and not use_cache else n_loops
         for _ in range(max_new_tokens):
-            logits = self(ids[:, cache.length:] if use_cache else ids, n_loops, cache, observer)[:, -1].float()  # (B, vocab)
+            unread = ids[:, cache.length:] if use_cache else ids
+            logits = self(unread, n_loops, cache, observer)[:, -1].float()  # (B, vocab)
             ids = torch.cat([ids, _sample(logits, temperature, top_k, generator)], 1)
         return ids
 
     def _check(self, ids, n_loops, kv_cache):
         vocab, start = self.config.vocab_size, kv_cache.length if kv_cache is not None else 0
-        _require(isinstance(n_loops, int) and n_loops >= 1, "n_loops", n_loops, "an integer, at least 1")
-        _require(ids.dim() == 2 and ids.numel() > 0, "ids.shape", tuple(ids.shape), "(batch, seq), neither of them 0")
+        _require(isinstance(n_loops, int) and n_loops >= 1, "n_loops",
+                 n_loops, "an integer, at least 1")
+        _require(ids.dim() == 2 and ids.numel() > 0, "ids.shape",
+                 tuple(ids.shape), "(batch, seq), neither of them 0")
         _require(ids.dtype == torch.int64, "ids.dtype", ids.dtype, "torch.int64")
         low, high = known(lambda: [int(x) for x in ids.aminmax()]) or (0, 0)
-        _require(low >= 0 and high < vocab, "ids", f"tokens {low} .. {high}", f"in 0 .. vocab_size - 1 = {vocab - 1}")
+        _require(low >= 0 and high < vocab, "ids",
+                 f"tokens {low} .. {high}", f"in 0 .. vocab_size - 1 = {vocab - 1}")
         self._check_length("sequence length", start + ids.shape[1])
         if kv_cache is not None:
-            kv_cache.begin(config=self.config, batch=len(ids), n_loops=n_loops, dtype=self.embed.weight.dtype, device=ids.device)
+            kv_cache.begin(config=self.config, batch=len(ids), n_loops=n_loops,
+                           dtype=self.embed.weight.dtype, device=ids.device)
 
     def _check_length(self, name, length):
         most = self.config.max_seq_len

@@ -1,4 +1,5 @@
-"""Mixture of experts: softmax router, top-k with renormalised gates, grouped SwiGLU experts, shared experts, load balance."""
+"""Mixture of experts: softmax router, top-k with renormalised gates, grouped SwiGLU experts, shared
+experts, load balance."""
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -9,11 +10,14 @@ from torch import Tensor
 from mythos_core.config import MythosConfig
 from mythos_core.layers import SwiGLU, several_processes
 
-SORTING = 2_000_000  # products spent on experts that were not chosen, up to which computing all of them beats sorting the tokens
+# products spent on experts that were not chosen, up to which computing all of them beats sorting
+# the tokens
+SORTING = 2_000_000
 
 
 def _count(ids: Tensor, n_experts: int) -> Int[Tensor, "experts"]:
-    """How often each expert occurs; as `bincount`, which CUDA does not make deterministic and `torch.compile` cannot trace."""
+    """How often each expert occurs; as `bincount`, which CUDA does not make deterministic and
+    `torch.compile` cannot trace."""
     ids = ids.flatten()
     return ids.new_zeros(n_experts).index_add(0, ids, torch.ones_like(ids))
 
@@ -21,10 +25,11 @@ def _count(ids: Tensor, n_experts: int) -> Int[Tensor, "experts"]:
 class MoE(nn.Module):
     """sum_{i in top-k} g_i * expert_i(x) + sum_s shared_s(x)   (DeepSeekMoE, Dai et al. 2024).
 
-    With router logits z: the k experts with the largest z + bias are chosen, and g = softmax(z) over all experts,
-    renormalised over the chosen ones. `bias` balances the load without an auxiliary loss (Wang et al. 2024,
-    DeepSeek-V3): it shifts the choice only, so it enters neither the gates nor the gradient, and `balance`, called once
-    an optimiser step, moves it by `balance_rate` against the sign of each expert's load error.
+    With router logits z: the k experts with the largest z + bias are chosen, and g = softmax(z)
+    over all experts, renormalised over the chosen ones. `bias` balances the load without an
+    auxiliary loss (Wang et al. 2024, DeepSeek-V3): it shifts the choice only, so it enters neither
+    the gates nor the gradient, and `balance`, called once an optimiser step, moves it by
+    `balance_rate` against the sign of each expert's load error.
 
     Attributes:
         router_bias: (n_experts,) the bias, saved with the weights.
@@ -43,7 +48,8 @@ class MoE(nn.Module):
         self.router = nn.Linear(c.dim, c.n_experts, bias=False)
         self.gate_up = nn.Parameter(torch.empty(2, c.n_experts, c.expert_dim, c.dim))
         self.down = nn.Parameter(torch.empty(c.n_experts, c.expert_dim, c.dim))
-        self.shared = nn.ModuleList(SwiGLU(c.dim, c.n_experts_per_tok * c.expert_dim) for _ in range(c.n_shared_experts))
+        self.shared = nn.ModuleList(SwiGLU(c.dim, c.n_experts_per_tok * c.expert_dim)
+                                    for _ in range(c.n_shared_experts))
         self.router_bias: Tensor
         self.load: Tensor
         for name, kept in (("router_bias", True), ("load", False)):
@@ -64,49 +70,63 @@ class MoE(nn.Module):
         """A copy or a pickle is without graphs, which could be neither."""
         return {**self.__dict__, "_imbalances": []}
 
-    def forward(self, x: Float[Tensor, "batch seq dim"]) -> tuple[Float[Tensor, "batch seq dim"], Int[Tensor, "batch seq k"]]:
+    def forward(self, x: Float[Tensor, "batch seq dim"]
+                ) -> tuple[Float[Tensor, "batch seq dim"], Int[Tensor, "batch seq k"]]:
         """The mixture and the experts chosen, each token's k in falling order of z + bias."""
         c = self.config
-        logits = self.router(x)                                                             # (B, S, E)
-        ids = (logits + self.router_bias).topk(c.n_experts_per_tok, -1).indices             # (B, S, k)
-        gates = logits.gather(-1, ids).softmax(-1)               # softmax over the chosen = softmax over all, renormalised
+        logits = self.router(x)  # (B, S, E)
+        ids = (logits + self.router_bias).topk(c.n_experts_per_tok, -1).indices  # (B, S, k)
+        # softmax over the chosen = softmax over all, renormalised
+        gates = logits.gather(-1, ids).softmax(-1)
         if self.training and c.balance_rate:
             self.load += _count(ids, c.n_experts)
         if self.training and c.balance_loss:
-            self._imbalances.append(c.n_experts * (_count(ids, c.n_experts) / ids.numel() * logits.softmax(-1).mean((0, 1))).sum())
-        out = self._grouped(x.flatten(0, 1), ids, gates).view_as(x) if self._groups(x) else self._dense(x, ids, gates)
+            share = _count(ids, c.n_experts) / ids.numel()
+            self._imbalances.append(
+                c.n_experts * (share * logits.softmax(-1).mean((0, 1))).sum())
+        out = (self._grouped(x.flatten(0, 1), ids, gates).view_as(x) if self._groups(x)
+               else self._dense(x, ids, gates))
         for expert in self.shared:
             out = out + expert(x)
         return out, ids
 
     def _groups(self, x) -> bool:
-        """Whether to sort the tokens by expert: where that is cheaper. Not for a strict model's answers: a token's place among those of
-        its expert, and with it the rounding, hangs on where the other tokens go, and "nothing changed" would never come.
-        Nor while a graph is traced, but of bfloat16: of the grouped product torch knows no other dtype's shape."""
+        """Whether to sort the tokens by expert: where that is cheaper. Not for a strict model's
+        answers: a token's place among those of its expert, and with it the rounding, hangs on where
+        the other tokens go, and "nothing changed" would never come. Nor while a graph is traced,
+        but of bfloat16: of the grouped product torch knows no other dtype's shape."""
         c = self.config
-        idle = (c.n_experts - c.n_experts_per_tok) * c.expert_dim                           # channels; few cost less than copies of a token do
+        # channels; few cost less than copies of a token do
+        idle = (c.n_experts - c.n_experts_per_tok) * c.expert_dim
         cheaper = x.numel() * idle > SORTING and idle > 40 * c.n_experts_per_tok
         known = x.dtype == torch.bfloat16 or not torch.compiler.is_compiling()
         known = known and x.dtype != torch.float64 and x.device.type in ("cpu", "cuda")
         return cheaper and known and (self.training or not c.strict)
 
     def _dense(self, x, ids, gates):
-        """Every expert on every token, the gates of those not chosen being 0: two large products."""
-        gate, up = F.linear(x, self.gate_up.flatten(0, 2)).chunk(2, -1)                     # (B, S, E * expert_dim)
-        weight = gates.new_zeros(*x.shape[:-1], self.config.n_experts).scatter(-1, ids, gates).unsqueeze(-1)  # (B, S, E, 1)
-        return ((F.silu(gate) * up).unflatten(-1, (self.config.n_experts, -1)) * weight).flatten(-2) @ self.down.flatten(0, 1)
+        """Every expert on every token, the gates of those not chosen being 0: two large
+        products."""
+        gate, up = F.linear(x, self.gate_up.flatten(0, 2)).chunk(2, -1)  # (B, S, E * expert_dim)
+        weight = gates.new_zeros(*x.shape[:-1], self.config.n_experts)
+        weight = weight.scatter(-1, ids, gates).unsqueeze(-1)  # (B, S, E, 1)
+        hidden = (F.silu(gate) * up).unflatten(-1, (self.config.n_experts, -1)) * weight
+        return hidden.flatten(-2) @ self.down.flatten(0, 1)
 
     def _grouped(self, x, ids, gates):
-        """Token copies sorted by expert, then grouped products: only the chosen experts are computed. All gates' and all ups' are one, for
-        which the copies are there twice: that costs less than the gradients of two products, which would be put together anew."""
+        """Token copies sorted by expert, then grouped products: only the chosen experts are
+        computed. All gates' and all ups' are one, for which the copies are there twice: that costs
+        less than the gradients of two products, which would be put together anew."""
         order = ids.flatten().argsort(stable=True)
         token = order // self.config.n_experts_per_tok
         ends = _count(ids, self.config.n_experts).cumsum(0, dtype=torch.int32)
-        gate_up, down = self.gate_up.to(x.dtype).flatten(0, 1), self.down.to(x.dtype)       # autocast does not know this product
-        copies = x.index_select(0, torch.cat([token, token]))                               # (2 N k, dim)
-        gate, up = F.grouped_mm(copies, gate_up.mT, offs=torch.cat([ends, ends + len(token)])).chunk(2)
-        hidden = F.silu(gate) * up * gates.flatten()[order].unsqueeze(-1)                   # (N k, expert_dim)
-        return torch.zeros_like(x).index_add(0, token, F.grouped_mm(hidden.to(x.dtype), down, offs=ends))
+        # autocast does not know this product
+        gate_up, down = self.gate_up.to(x.dtype).flatten(0, 1), self.down.to(x.dtype)
+        copies = x.index_select(0, torch.cat([token, token]))  # (2 N k, dim)
+        gate, up = F.grouped_mm(copies, gate_up.mT,
+                                offs=torch.cat([ends, ends + len(token)])).chunk(2)
+        hidden = F.silu(gate) * up * gates.flatten()[order].unsqueeze(-1)  # (N k, expert_dim)
+        return torch.zeros_like(x).index_add(0, token,
+                                             F.grouped_mm(hidden.to(x.dtype), down, offs=ends))
 
     @property
     def imbalance(self) -> Tensor | float:

@@ -1,6 +1,7 @@
 """Measurements on a model: sizes, cache bytes, spectra, depth sweeps, halting maps, expert use.
 
-What happens inside the loop is seen through the observer that `OpenMythos.forward` takes; nothing is patched.
+What happens inside the loop is seen through the observer that `OpenMythos.forward` takes; nothing
+is patched.
 """
 from collections import Counter
 from dataclasses import dataclass
@@ -14,27 +15,32 @@ from mythos_core.config import MythosConfig
 from mythos_core.model import OpenMythos
 
 COMPONENTS = {  # first match wins
-    "recurrent.block.ffn.shared": "shared experts", "recurrent.block.ffn.router": "router", "recurrent.block.ffn.": "routed experts",
-    "recurrent.block.attn.": "loop attention", "recurrent.lora": "loop LoRA", "recurrent": "norms, injection, halting",
-    "prelude": "prelude", "coda": "coda", "embed": "embedding = head", "norm": "norms, injection, halting"}
+    "recurrent.block.ffn.shared": "shared experts", "recurrent.block.ffn.router": "router",
+    "recurrent.block.ffn.": "routed experts", "recurrent.block.attn.": "loop attention",
+    "recurrent.lora": "loop LoRA", "recurrent": "norms, injection, halting",
+    "prelude": "prelude", "coda": "coda", "embed": "embedding = head",
+    "norm": "norms, injection, halting"}
 
 
 def parameters_by_component(model: OpenMythos) -> dict[str, int]:
     """Parameters of each part of the model; the tied embedding and head count once."""
     count = Counter()
     for name, parameter in model.named_parameters():
-        count[next(part for prefix, part in COMPONENTS.items() if name.startswith(prefix))] += parameter.numel()
+        count[next(part for prefix, part in COMPONENTS.items()
+                   if name.startswith(prefix))] += parameter.numel()
     return dict(count)
 
 
 def active_parameters(model: OpenMythos) -> int:
-    """Parameters that one token meets in a pass of one loop: all, less the routed experts it is not sent to.
+    """Parameters that one token meets in a pass of one loop: all, less the routed experts it is not
+    sent to.
 
     Every further loop chooses anew, so over T loops a token may meet up to T times as many experts.
     """
     c = model.config
     routed = parameters_by_component(model)["routed experts"]
-    return sum(p.numel() for p in model.parameters()) - routed * (c.n_experts - c.n_experts_per_tok) // c.n_experts
+    idle = routed * (c.n_experts - c.n_experts_per_tok) // c.n_experts
+    return sum(p.numel() for p in model.parameters()) - idle
 
 
 def effective_depth(config: MythosConfig, n_loops: int) -> int:
@@ -42,27 +48,34 @@ def effective_depth(config: MythosConfig, n_loops: int) -> int:
     return config.prelude_layers + n_loops + config.coda_layers
 
 
-def cache_bytes(config: MythosConfig, tokens: int, n_loops: int, batch: int = 1, itemsize: int = 4, rope_key_per_head: bool = False) -> int:
+def cache_bytes(config: MythosConfig, tokens: int, n_loops: int, batch: int = 1,
+                itemsize: int = 4, rope_key_per_head: bool = False) -> int:
     """Bytes that a KVCache holds after `tokens` positions, by formula.
 
-    effective_depth * batch * min(tokens, window - 1) * width * itemsize, where width is 2 * n_kv_heads * head_dim for GQA and
-    kv_lora_rank + qk_rope_head_dim for MLA; plus, with token shift, dim / 2 numbers for each of the min(tokens, shift_growth^t)
-    positions that loop t may still look back to. Of a strict model all loops are one entry; plus the states of the last `stride` positions, dim numbers each.
+    effective_depth * batch * min(tokens, window - 1) * width * itemsize, where width is 2 *
+    n_kv_heads * head_dim for GQA and kv_lora_rank + qk_rope_head_dim for MLA; plus, with token
+    shift, dim / 2 numbers for each of the min(tokens, shift_growth^t) positions that loop t may
+    still look back to. Of a strict model all loops are one entry; plus the states of the last
+    `stride` positions, dim numbers each.
 
     Args:
-        rope_key_per_head: what MLA costs if every head stores its own copy of the shared RoPE key, as open-mythos 0.5.0 does.
+        rope_key_per_head: what MLA costs if every head stores its own copy of the shared RoPE key,
+            as open-mythos 0.5.0 does.
     """
     c = config
     latent = c.kv_lora_rank + c.qk_rope_head_dim * (c.n_heads if rope_key_per_head else 1)
     width = latent if c.attn_type == "mla" else 2 * c.n_kv_heads * (c.dim // c.n_heads)
     held = tokens if c.window is None else min(tokens, c.window - 1)
-    shift = sum(min(tokens, c.shift_growth ** t) for t in range(n_loops)) * c.dim // 2 if c.token_shift else 0
-    entries, state = (effective_depth(c, 1), min(tokens, c.stride) * c.dim) if c.strict else (effective_depth(c, n_loops), 0)
+    shift = (sum(min(tokens, c.shift_growth ** t) for t in range(n_loops)) * c.dim // 2
+             if c.token_shift else 0)
+    entries, state = ((effective_depth(c, 1), min(tokens, c.stride) * c.dim) if c.strict
+                      else (effective_depth(c, n_loops), 0))
     return batch * itemsize * (entries * held * width + shift + state)
 
 
 def trajectory(model: OpenMythos, ids: Tensor, n_loops: int, start: Tensor | None = None):
-    """The context, e, and h_0 .. h_T (T + 1, B, S, dim) with h_0 = `start`, or e; every loop run, and noise as the model's mode has it."""
+    """The context, e, and h_0 .. h_T (T + 1, B, S, dim) with h_0 = `start`, or e; every loop run,
+    and noise as the model's mode has it."""
     ctx = model.context(ids)
     e = model.encode(ids, ctx)
     states = [e if start is None else start]
@@ -73,10 +86,11 @@ def trajectory(model: OpenMythos, ids: Tensor, n_loops: int, start: Tensor | Non
 
 @dataclass(frozen=True)
 class DepthSweep:
-    """Accuracy after 1 .. T loops. If the model stops early, what it answers then stands for all later loops."""
+    """Accuracy after 1 .. T loops. If the model stops early, what it answers then stands for all
+    later loops."""
 
     correct: Bool[Tensor, "loops batch seq"]
-    executed: Int[Tensor, "loops"]                # loops that really ran when that many were asked for
+    executed: Int[Tensor, "loops"]  # loops that really ran when that many were asked for
 
     @property
     def token(self) -> Float[Tensor, "loops"]:
@@ -90,16 +104,21 @@ class DepthSweep:
 
     @property
     def loops_needed(self) -> Int[Tensor, "batch seq"]:
-        """Fewest loops from which on the prefix up to a position stays right; T + 1 if it is wrong after T."""
+        """Fewest loops from which on the prefix up to a position stays right; T + 1 if it is wrong
+        after T."""
         prefix_right = self.correct.long().cumprod(2)
         return 1 + len(self.correct) - prefix_right.flip(0).cumprod(0).sum(0)
 
 
 @torch.no_grad()
-def depth_sweep(model: OpenMythos, ids: Int[Tensor, "batch seq"], targets: Int[Tensor, "batch seq"], n_loops: int) -> DepthSweep:
-    """Answers after each of 1 .. n_loops loops, from one pass: the coda reads the state after every loop."""
+def depth_sweep(model: OpenMythos, ids: Int[Tensor, "batch seq"],
+                targets: Int[Tensor, "batch seq"], n_loops: int) -> DepthSweep:
+    """Answers after each of 1 .. n_loops loops, from one pass: the coda reads the state after every
+    loop."""
     ctx, correct = model.context(ids), []
-    model.eval()(ids, n_loops, observer=lambda record: correct.append(model.decode(record.output, ctx).argmax(-1) == targets))
+    model.eval()(ids, n_loops,
+                 observer=lambda record: correct.append(
+                     model.decode(record.output, ctx).argmax(-1) == targets))
     ran = len(correct)
     correct += correct[-1:] * (n_loops - ran)
     return DepthSweep(torch.stack(correct), torch.arange(1, n_loops + 1).clamp(max=ran))
@@ -119,19 +138,26 @@ class HaltingMap:
 def halting_map(model: OpenMythos, ids: Int[Tensor, "batch seq"], n_loops: int) -> HaltingMap:
     """Halting probabilities and weights of one pass with at most n_loops loops."""
     if model.recurrent.act is None:
-        raise ValueError(f"config.halting = {model.config.halting!r}: a model without halting has no halting map")
+        raise ValueError(f"config.halting = {model.config.halting!r}: "
+                         "a model without halting has no halting map")
     records = []
-    model.eval()(ids, n_loops, observer=lambda record: records.append((record.halt_probability, record.halt_weight)))
+    model.eval()(ids, n_loops,
+                 observer=lambda record: records.append((record.halt_probability,
+                                                         record.halt_weight)))
     probability, weight = (torch.stack(x) for x in zip(*records))
     loop = torch.arange(1, len(records) + 1, device=ids.device)[:, None, None]
     return HaltingMap(probability, weight, ((weight > 0) * loop).amax(0), len(records))
 
 
 @torch.no_grad()
-def expert_load(model: OpenMythos, ids: Int[Tensor, "batch seq"], n_loops: int) -> Int[Tensor, "loops seq experts"]:
+def expert_load(model: OpenMythos, ids: Int[Tensor, "batch seq"],
+                n_loops: int) -> Int[Tensor, "loops seq experts"]:
     """How often each expert was chosen, by loop and position, summed over the batch."""
     loads = []
-    model.eval()(ids, n_loops, observer=lambda record: loads.append(torch.nn.functional.one_hot(record.expert_ids, model.config.n_experts).sum((0, 2))))
+    model.eval()(ids, n_loops,
+                 observer=lambda record: loads.append(
+                     torch.nn.functional.one_hot(record.expert_ids,
+                                                 model.config.n_experts).sum((0, 2))))
     return torch.stack(loads)
 
 
@@ -140,7 +166,8 @@ def _by_expert(load: Tensor) -> Float[Tensor, "experts"]:
 
 
 def load_entropy(load: Tensor) -> float:
-    """Entropy of the shares of slots by expert, over its largest value log(n_experts): 1 = even, 0 = one expert gets all."""
+    """Entropy of the shares of slots by expert, over its largest value log(n_experts): 1 = even, 0
+    = one expert gets all."""
     share = _by_expert(load) / load.sum()
     return float(torch.special.entr(share).sum() / torch.tensor(len(share)).log())
 
@@ -152,30 +179,36 @@ def max_violation(load: Tensor) -> float:
 
 
 @torch.no_grad()
-def state_norms(model: OpenMythos, ids: Int[Tensor, "batch seq"], n_loops: int) -> Float[Tensor, "loops"]:
+def state_norms(model: OpenMythos, ids: Int[Tensor, "batch seq"],
+                n_loops: int) -> Float[Tensor, "loops"]:
     """Mean over batch and positions of ||h_t||_2 after each loop that ran."""
     norms = []
-    model.eval()(ids, n_loops, observer=lambda record: norms.append(record.h.float().norm(dim=-1).mean()))
+    model.eval()(ids, n_loops,
+                 observer=lambda record: norms.append(record.h.float().norm(dim=-1).mean()))
     return torch.stack(norms)
 
 
 def loop_map(model: OpenMythos, ids: Int[Tensor, "batch seq"], n_loops: int):
-    """The map of one loop, h -> h_{n_loops + 1} with the input held, and the point h_{n_loops} that the model reaches."""
+    """The map of one loop, h -> h_{n_loops + 1} with the input held, and the point h_{n_loops} that
+    the model reaches."""
     with torch.no_grad():
         ctx, e, states = trajectory(model.eval(), ids, n_loops)
     return lambda state: model.recurrent.step(state, e, n_loops, ctx)[0], states[-1]
 
 
 @torch.no_grad()
-def loop_spectrum(model: OpenMythos, ids: Int[Tensor, "one seq"], n_loops: int, iterations: int = 100, seed: int = 0) -> tuple[float, float]:
-    """Spectral radius and largest singular value of the full loop Jacobian dh_{t+1}/dh_t at t = n_loops, for one string.
+def loop_spectrum(model: OpenMythos, ids: Int[Tensor, "one seq"], n_loops: int,
+                  iterations: int = 100, seed: int = 0) -> tuple[float, float]:
+    """Spectral radius and largest singular value of the full loop Jacobian dh_{t+1}/dh_t at t =
+    n_loops, for one string.
 
-    Power iteration, on J for the radius (the geometric mean of the growth over the last half of the iterations, which
-    also holds for complex pairs) and on J^T J for the singular value, by jvp and vjp: J itself, (seq * dim)^2, is not built.
+    Power iteration, on J for the radius (the geometric mean of the growth over the last half of the
+    iterations, which also holds for complex pairs) and on J^T J for the singular value, by jvp and
+    vjp: J itself, (seq * dim)^2, is not built.
     """
     step, h = loop_map(model, ids, n_loops)
     start = torch.randn(h.shape, generator=torch.Generator().manual_seed(seed)).to(h)
-    with sdpa_kernel(SDPBackend.MATH):                       # the fused kernels have no forward-mode derivative
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward-mode derivative
         pull = torch.func.vjp(step, h)[1]
         v, growth = start / start.norm(), []
         for _ in range(iterations):
@@ -186,4 +219,5 @@ def loop_spectrum(model: OpenMythos, ids: Int[Tensor, "one seq"], n_loops: int, 
         for _ in range(iterations):
             w = pull(torch.func.jvp(step, (h,), (w,))[1])[0]
             sigma_squared, w = w.norm(), w / w.norm()
-    return float(torch.stack(growth)[iterations // 2:].log().mean().exp()), float(sigma_squared.sqrt())
+    return (float(torch.stack(growth)[iterations // 2:].log().mean().exp()),
+            float(sigma_squared.sqrt()))

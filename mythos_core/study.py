@@ -1,6 +1,6 @@
-"""The study behind notebooks 05 to 08: the recipe, every ingredient taken away or put back alone, several seeds. A run of it is
-mythos_core/study.ipynb, which trains one variant with one seed and measures it;
-`mythos_core.batch` runs the grid of them (see docs/results.md)."""
+"""The study behind notebooks 05 to 08: the recipe, every ingredient taken away or put back alone,
+several seeds. A run of it is mythos_core/study.ipynb, which trains one variant with one seed and
+measures it; `mythos_core.batch` runs the grid of them (see docs/results.md)."""
 import json
 import math
 from dataclasses import replace
@@ -20,9 +20,11 @@ from mythos_core.training import Run
 
 RESULTS = Path(__file__).parent / "results"
 _file = json.loads((RESULTS / "variants.json").read_text(encoding="utf-8"))
-#: From the article's recipe to the working one, one step after the other; each step keeps those before it.
+#: From the article's recipe to the working one, one step after the other; each step keeps those
+#: before it.
 STEPS: dict[str, dict] = _file["steps"]
-#: What each variant changes in the recipe ("parity-carrying", or its "base"); "config." marks the model's own fields.
+#: What each variant changes in the recipe ("parity-carrying", or its "base"); "config." marks the
+#: model's own fields.
 VARIANTS: dict[str, dict] = _file["ablations"]
 _so_far = VARIANTS["the article's recipe"]
 for _step, _changes in STEPS.items():
@@ -30,7 +32,8 @@ for _step, _changes in STEPS.items():
 VARIANTS |= _file["others"]
 #: The variants that each measure is for.
 MEASURED: dict[str, list[str]] = _file["measured"]
-LOOPS = {16: 32, 64: 96, 256: 300, 512: 600, 1024: 1100}     # loops given to strings of each length; a scan gets 2 log2(length)
+# loops given to strings of each length; a scan gets 2 log2(length)
+LOOPS = {16: 32, 64: 96, 256: 300, 512: 600, 1024: 1100}
 TOKENS = 2048  # of a pass: what they need between two operations stays in the processor's cache
 
 
@@ -50,20 +53,26 @@ def variant(name: str) -> Recipe:
 
 
 def span(recipe: Recipe, length: int) -> int:
-    """Loops in which the token shift alone brings news from the first to the last of `length` positions."""
-    return length if recipe.config.shift_growth == 1 else math.ceil(math.log(length, recipe.config.shift_growth))
+    """Loops in which the token shift alone brings news from the first to the last of `length`
+    positions."""
+    return (length if recipe.config.shift_growth == 1
+            else math.ceil(math.log(length, recipe.config.shift_growth)))
 
 
 def loops_for(recipe: Recipe, length: int) -> int:
     """Loops given to strings of a length: one if the recipe does not loop."""
-    return 1 if recipe.loops[1] == 1 else LOOPS[length] if recipe.config.shift_growth == 1 else 2 * span(recipe, length)
+    return (1 if recipe.loops[1] == 1 else LOOPS[length] if recipe.config.shift_growth == 1
+            else 2 * span(recipe, length))
 
 
 @torch.no_grad()
-def right(model: OpenMythos, ids: Int[Tensor, "batch seq"], loops: list[int]) -> Bool[Tensor, "loops batch seq"]:
-    """Which answers are right after each of these numbers of loops, from one pass of the largest."""
+def right(model: OpenMythos, ids: Int[Tensor, "batch seq"],
+          loops: list[int]) -> Bool[Tensor, "loops batch seq"]:
+    """Which answers are right after each of these numbers of loops, from one pass of the
+    largest."""
     if ids.numel() > TOKENS and len(ids) > 1:
-        return torch.cat([right(model, part, loops) for part in ids.split(max(1, TOKENS // ids.shape[1]))], 1)
+        return torch.cat([right(model, part, loops)
+                          for part in ids.split(max(1, TOKENS // ids.shape[1]))], 1)
     outputs = {}
 
     def look(record):
@@ -72,8 +81,9 @@ def right(model: OpenMythos, ids: Int[Tensor, "batch seq"], loops: list[int]) ->
             outputs[record.loop + 1] = record.output
 
     model.eval()(ids, max(loops), observer=look)
-    ctx = model.context(ids)                                    # a model that halted before has its last answer at all later loops
-    return torch.stack([model.decode(outputs.get(n, outputs["last"]), ctx).argmax(-1) == answers(ids) for n in loops])
+    ctx = model.context(ids)  # a model that halted before has its last answer at all later loops
+    read = [model.decode(outputs.get(n, outputs["last"]), ctx).argmax(-1) for n in loops]
+    return torch.stack(read) == answers(ids)
 
 
 def fresh_strings(length: int, strings: int = 16) -> Int[Tensor, "strings length"]:
@@ -87,14 +97,20 @@ def whole_strings(model: OpenMythos, length: int, n_loops: int, strings: int = 1
 
 
 def accuracy_row(run: Run) -> dict:
-    """Whole-string accuracy at 16, 64, 256 and 512 bits; token accuracy as trained (longest length, most loops) and the loops executed
-    there when max_loop_iters are asked for; loops needed at 64 bits (mean over strings; None if some never are whole)."""
+    """Whole-string accuracy at 16, 64, 256 and 512 bits; token accuracy as trained (longest length,
+    most loops) and the loops executed there when max_loop_iters are asked for; loops needed at 64
+    bits (mean over strings; None if some never are whole)."""
     loops = {length: loops_for(run.recipe, length) for length in (16, 64, 256, 512)}
-    trained = depth_sweep(run.model, *make_batch(256, run.recipe.lengths[1], torch.Generator().manual_seed(2 ** 31)), run.recipe.config.max_loop_iters)
+    trained = depth_sweep(run.model, *make_batch(256, run.recipe.lengths[1],
+                                                 torch.Generator().manual_seed(2 ** 31)),
+                          run.recipe.config.max_loop_iters)
     ids = make_batch(16, 64, torch.Generator().manual_seed(64))[0]
     needed = depth_sweep(run.model, ids, answers(ids), loops[64]).loops_needed.amax(1)
-    return {"whole": {str(length): whole_strings(run.model, length, n) for length, n in loops.items()}, "loops": {str(k): v for k, v in loops.items()},
-            "token": trained.token[run.recipe.loops[1] - 1].item(), "executed": int(trained.executed[-1]),
+    return {"whole": {str(length): whole_strings(run.model, length, n)
+                      for length, n in loops.items()},
+            "loops": {str(k): v for k, v in loops.items()},
+            "token": trained.token[run.recipe.loops[1] - 1].item(),
+            "executed": int(trained.executed[-1]),
             "needed": needed.float().mean().item() if needed.max() <= loops[64] else None}
 
 
