@@ -11,8 +11,9 @@ import peer  # noqa: E402
 from mythos_core import MythosConfig, moe  # noqa: E402
 from mythos_core.config import tutorial_config  # noqa: E402
 
-moe.SORTING = 0                 # the tests' small models sort their tokens by expert, as large ones do
-collect_ignore = ["bench"]      # timed without those checks: it has its own pytest.ini, below which this file is not read
+moe.SORTING = 0  # the tests' small models sort their tokens by expert, as large ones do
+# timed without those checks: it has its own pytest.ini, below which this file is not read
+collect_ignore = ["bench"]
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +33,7 @@ def reference_model():
 
 def tiny(attn_type: str = "gqa", **changes) -> MythosConfig:
     """A config small enough for hundreds of forward passes."""
-    small = dict(vocab_size=17, dim=32, max_seq_len=64, max_loop_iters=4, kv_lora_rank=8, q_lora_rank=12, qk_rope_head_dim=4,
-                 qk_nope_head_dim=6, v_head_dim=5, expert_dim=16, lora_rank=2, init_std=0.1)
+    small = dict(vocab_size=17, dim=32, max_seq_len=64, max_loop_iters=4, kv_lora_rank=8,
+                 q_lora_rank=12, qk_rope_head_dim=4, qk_nope_head_dim=6, v_head_dim=5,
+                 expert_dim=16, lora_rank=2, init_std=0.1)
     return tutorial_config(attn_type, **{**small, **changes})

@@ -1,9 +1,12 @@
-"""What holds a notebook to its own run, beside nbval's cells: its exercises are solved in its kernel, its figures compared with the committed ones.
+"""What holds a notebook to its own run, beside nbval's cells: its exercises are solved in its
+kernel, its figures compared with the committed ones.
 
-A pytest plugin. nbval makes an item of each code cell; behind the last one of a notebook come an item for each exercise, and one for its figures.
+A pytest plugin. nbval makes an item of each code cell; behind the last one of a notebook come an
+item for each exercise, and one for its figures.
 
-Rounding alone makes another model of a training within some hundred steps. So numbers are compared where they were made: `make publish` leaves in
-figures/arithmetic.txt what this module prints, and where that differs, figures have to agree in names, shapes and words only.
+Rounding alone makes another model of a training within some hundred steps. So numbers are compared
+where they were made: `make publish` leaves in figures/arithmetic.txt what this module prints, and
+where that differs, figures have to agree in names, shapes and words only.
 """
 import hashlib
 import json
@@ -26,8 +29,8 @@ from matplotlib.testing.compare import compare_images
 from nbformat.v4 import new_code_cell
 from nbval.plugin import IPyNbCell, IPyNbFile
 
-TOLERANCE = 0.02                                                 # of a number, or of the mean size of a list's numbers
-PICTURE = 2                                                      # root mean square over pixels, of 255
+TOLERANCE = 0.02  # of a number, or of the mean size of a list's numbers
+PICTURE = 2  # root mean square over pixels, of 255
 
 
 class Exercise(NamedTuple):
@@ -39,8 +42,10 @@ class Exercise(NamedTuple):
 
     @property
     def source(self) -> str:
-        """The two put together: a test that is a function is called by the solution, any other runs after it."""
-        return f"{self.test}\n{self.solution}" if self.test.startswith("def test_") else f"{self.solution}\n{self.test}"
+        """The two put together: a test that is a function is called by the solution, any other runs
+        after it."""
+        return (f"{self.test}\n{self.solution}" if self.test.startswith("def test_")
+                else f"{self.solution}\n{self.test}")
 
     @property
     def trains(self) -> bool:
@@ -49,7 +54,8 @@ class Exercise(NamedTuple):
 
 def exercises(notebook) -> list[Exercise]:
     """Those that are whole: a task, a block of code that tests, a block of code that solves."""
-    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown").partition("## Exercises")[2]
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type
+                     == "markdown").partition("## Exercises")[2]
     found = re.findall(r"^(\*\*\d.*?)```python\n(.*?)```\s*<details><summary>Solution</summary>\s*```python\n(.*?)```.*?</details>", text, re.S | re.M)
     return [Exercise(*(part.strip() for part in parts)) for parts in found]
 
@@ -61,32 +67,44 @@ def names_saved(source: str) -> list[str]:
 
 @cache
 def arithmetic() -> str:
-    """What decides how sums are rounded and pictures drawn. Of the processor a hash, since only its being the same matters; several share a name."""
+    """What decides how sums are rounded and pictures drawn. Of the processor a hash, since only its
+    being the same matters; several share a name."""
     found = cpuinfo.get_cpu_info()
     kind = str([found.get(key) for key in ("brand_raw", "family", "model", "stepping")])
     processor = hashlib.sha256(kind.encode()).hexdigest()[:8]
-    versions = ", ".join(f"{package.__name__} {package.__version__}" for package in (torch, np, matplotlib))
-    told = "".join(f", {name} {os.environ[name]}" for name in ("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA") if name in os.environ)
+    versions = ", ".join(f"{package.__name__} {package.__version__}"
+                         for package in (torch, np, matplotlib))
+    told = "".join(f", {name} {os.environ[name]}"
+                   for name in ("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
+                   if name in os.environ)
     return f"{versions}, {torch.backends.cpu.get_cpu_capability()}, processor {processor}, threads {torch.get_num_threads()}{told}"
 
 
 def differences(committed, fresh, where="", here=True) -> list[str]:
-    """Places where two figures' JSON differ. Names that end in `seconds` are times, which no two runs share. Numbers, those in words too, are
-    compared if the two were made `here`, by the same arithmetic: by another, a training may take more steps or, which None says, not get there."""
+    """Places where two figures' JSON differ. Names that end in `seconds` are times, which no two
+    runs share. Numbers, those in words too, are compared if the two were made `here`, by the same
+    arithmetic: by another, a training may take more steps or, which None says, not get there."""
     if where.endswith("seconds"):
         return []
     if isinstance(committed, dict) and isinstance(fresh, dict) and committed.keys() == fresh.keys():
-        return [line for key in committed for line in differences(committed[key], fresh[key], f"{where}/{key}", here)]
+        return [line for key in committed for line in differences(committed[key], fresh[key],
+            f"{where}/{key}", here)]
     if isinstance(committed, list) and isinstance(fresh, list) and len(committed) == len(fresh):
         if not here or not all(isinstance(value, (int, float)) for value in [*committed, *fresh]):
-            return [line for i, pair in enumerate(zip(committed, fresh)) for line in differences(*pair, f"{where}/{i}", here)]
-        off, size = (np.abs(x).sum() for x in (np.subtract(committed, fresh, dtype=float), committed))
-        return [] if off <= TOLERANCE * size else [f"{where}: off by {off / len(committed):.3g} in the mean"]
+            return [line for i, pair in enumerate(zip(committed, fresh))
+                    for line in differences(*pair, f"{where}/{i}", here)]
+        off, size = (np.abs(x).sum() for x in (np.subtract(committed, fresh, dtype=float),
+                                               committed))
+        return ([] if off <= TOLERANCE * size
+                else [f"{where}: off by {off / len(committed):.3g} in the mean"])
     if not here:
-        committed, fresh = ("a number" if isinstance(x, (int, float, type(None))) else re.sub(r"\d[\d.,]*", "#", str(x)) for x in (committed, fresh))
-    if isinstance(committed, float) and isinstance(fresh, (int, float)) and abs(committed - fresh) <= TOLERANCE * abs(committed):
+        committed, fresh = ("a number" if isinstance(x, (int, float, type(None)))
+                            else re.sub(r"\d[\d.,]*", "#", str(x)) for x in (committed, fresh))
+    if isinstance(committed, float) and isinstance(fresh, (int, float)) and abs(committed
+        - fresh) <= TOLERANCE * abs(committed):
         return []
-    return [] if committed == fresh and type(committed) is type(fresh) else [f"{where}: {str(committed)[:60]} committed, {str(fresh)[:60]} in a fresh run"]
+    return ([] if committed == fresh and type(committed) is type(fresh)
+            else [f"{where}: {str(committed)[:60]} committed, {str(fresh)[:60]} in a fresh run"])
 
 
 def stale(name: str, committed: Path, fresh: Path, here=True) -> list[str]:
@@ -96,23 +114,28 @@ def stale(name: str, committed: Path, fresh: Path, here=True) -> list[str]:
     pair = (json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
             for folder in (committed, fresh))
     lines = differences(*pair, name, here)
-    picture = compare_images(str(committed / f"{name}.png"), str(fresh / f"{name}.png"), tol=PICTURE) if here else None
+    picture = (compare_images(str(committed / f"{name}.png"), str(fresh / f"{name}.png"),
+                              tol=PICTURE) if here else None)
     return lines + ([f"{name}.png: {picture}"] if picture else [])
 
 
 def figures_of(notebook) -> list[str]:
-    return names_saved("\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code"))
+    return names_saved("\n".join(cell.source for cell in notebook.cells
+                                 if cell.cell_type == "code"))
 
 
 class FiguresAsCommitted(pytest.Item):
-    """The figures that a notebook made in this session, against those in the folder `figures` beside the notebooks' own."""
+    """The figures that a notebook made in this session, against those in the folder `figures`
+    beside the notebooks' own."""
 
     def runtest(self):
         committed, fresh = self.path.parent.parent / "figures", Path(os.environ["MYTHOS_FIGURES"])
         made, now = (committed / "arithmetic.txt").read_text(encoding="utf-8").strip(), arithmetic()
         if made != now:
-            warnings.warn(f"figures were made with {made}; here is {now}: their numbers are not compared", stacklevel=1)
-        lines = [line for name in figures_of(self.parent.nb) for line in stale(name, committed, fresh, made == now)]
+            warnings.warn(f"figures were made with {made}; here is {now}: their numbers are not "
+                          "compared", stacklevel=1)
+        lines = [line for name in figures_of(self.parent.nb)
+                 for line in stale(name, committed, fresh, made == now)]
         assert not lines, "\n".join(lines)
 
     def repr_failure(self, excinfo):
@@ -126,7 +149,9 @@ def behind(file: IPyNbFile, cells: list):
     """What comes after a notebook's cells, in the same kernel."""
     for number, exercise in enumerate(exercises(file.nb), 1):
         cell, options = new_code_cell(exercise.source), defaultdict(bool)
-        item = IPyNbCell.from_parent(file, name=f"exercise {number}", cell_num=cells[-1].cell_num + number, cell=cell, options=options)
+        item = IPyNbCell.from_parent(file, name=f"exercise {number}",
+                                     cell_num=cells[-1].cell_num + number, cell=cell,
+                                     options=options)
         if exercise.trains:
             item.add_marker("training")
         yield item
@@ -140,7 +165,8 @@ def pytest_collection_modifyitems(config, items):
         folder = tempfile.TemporaryDirectory(prefix="figures-")
         config.add_cleanup(folder.cleanup)
         os.environ["MYTHOS_FIGURES"] = folder.name
-    items[:] = [item for file, group in parents for item in [*group, *(behind(file, group) if isinstance(file, IPyNbFile) else ())]]
+    items[:] = [item for file, group in parents
+                for item in [*group, *(behind(file, group) if isinstance(file, IPyNbFile) else ())]]
 
 
 if __name__ == "__main__":

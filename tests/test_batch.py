@@ -1,4 +1,5 @@
-"""Real notebooks, executed by papermill in real kernels, by real dask workers in processes of their own."""
+"""Real notebooks, executed by papermill in real kernels, by real dask workers in processes of their
+own."""
 import csv
 import json
 import os
@@ -27,7 +28,8 @@ from mythos_core.batch.grid import parse_grid
 
 ROOT = Path(__file__).parent.parent
 PYTHON = [sys.executable, "-m", "mythos_core.batch"]
-posix = pytest.mark.skipif(os.name != "posix", reason="signals and process groups as POSIX has them")
+posix = pytest.mark.skipif(os.name != "posix",
+                           reason="signals and process groups as POSIX has them")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
@@ -35,7 +37,10 @@ def write(path, *cells):
     made = [new_markdown_cell("# a notebook")]
     for source, *tags in cells:
         made.append(new_code_cell(source, metadata={"tags": list(tags)}))
-    nbformat.write(new_notebook(cells=made, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}), path)
+    nbformat.write(new_notebook(cells=made,
+                                metadata={"kernelspec": {"name": "python3",
+                                                         "display_name": "Python 3",
+                                                         "language": "python"}}), path)
     return str(path)
 
 
@@ -47,10 +52,11 @@ DECLARE = ("from IPython.display import display\ndef results(**values):\n"
 @pytest.fixture
 def good(tmp_path):
     claims = "assert seed < 11, 'too large'\nprint('PASS  seed', seed)\nprint('PASS  name', name)"
-    return write(tmp_path / "good.ipynb", ("seed = 0\nname = 'a'\nrate = 0.5\nnone = None\nparts = [1]", "parameters"), (DECLARE,),
-                 ("import os\nresults(score=seed / 2, threads=os.environ['OMP_NUM_THREADS'], trims='MALLOC_TRIM_THRESHOLD_' in os.environ)\n"
-                  "os.write(2, b'of the kernel')",), (claims, "claims"),
-                 ("results(whole={'16': 1.0, '64': seed / 10})",))
+    return write(tmp_path / "good.ipynb", ("seed = 0\nname = 'a'\nrate = 0.5\nnone = None\nparts "
+                                           "= [1]", "parameters"), (DECLARE,),
+                 ("import os\nresults(score=seed / 2, threads=os.environ['OMP_NUM_THREADS'], "
+                  "trims='MALLOC_TRIM_THRESHOLD_' in os.environ)\nos.write(2, b'of the kernel')",
+                  ), (claims, "claims"), ("results(whole={'16': 1.0, '64': seed / 10})",))
 
 
 @pytest.fixture
@@ -75,20 +81,26 @@ def alive(process):
 
 
 def kernels(process):
-    return [child for child in process.children(recursive=True) if "ipykernel_launcher" in " ".join(child.cmdline())]
+    return [child for child in process.children(recursive=True)
+            if "ipykernel_launcher" in " ".join(child.cmdline())]
 
 
 # The grid
 
 def test_parse_grid(tmp_path):
     assert parse_grid([]) == [{}]
-    assert parse_grid(["seed=0,1", "name=a,None", "x=0.5"]) == [{"seed": s, "name": n, "x": 0.5} for s in (0, 1) for n in ("a", None)]
+    assert (parse_grid(["seed=0,1", "name=a,None", "x=0.5"])
+            == [{"seed": s, "name": n, "x": 0.5} for s in (0, 1) for n in ("a", None)])
     assert parse_grid(["seed=-1:2"]) == [{"seed": s} for s in (-1, 0, 1)]
-    assert parse_grid(["name='a, b','c'", "flag=True", "list=[1, 2],[]"]) == [{"name": n, "flag": True, "list": x} for n in ("a, b", "c") for x in ([1, 2], [])]
+    assert (parse_grid(["name='a, b','c'", "flag=True", "list=[1, 2],[]"])
+            == [{"name": n, "flag": True, "list": x} for n in ("a, b", "c") for x in ([1, 2], [])])
     file = tmp_path / "names.json"
-    file.write_text('{"here": {"list": ["x, y", "z"], "object": {"k": 1, "l": 2}}}', encoding="utf-8")
-    assert parse_grid([f"a=@{file}:here.list", f"b=@{file}:here.object"]) == [{"a": a, "b": b} for a in ("x, y", "z") for b in "kl"]
-    for bad in ("seed", "seed=", "=1", "seed=1,,2", "a b=1", "seed=3:3", "name='a, b',c", f"a=@{file}:here.nothing", f"a=@{file}:here.list.x"):
+    file.write_text('{"here": {"list": ["x, y", "z"], "object": {"k": 1, "l": 2}}}',
+                    encoding="utf-8")
+    assert (parse_grid([f"a=@{file}:here.list", f"b=@{file}:here.object"])
+            == [{"a": a, "b": b} for a in ("x, y", "z") for b in "kl"])
+    for bad in ("seed", "seed=", "=1", "seed=1,,2", "a b=1", "seed=3:3", "name='a, b',c",
+                f"a=@{file}:here.nothing", f"a=@{file}:here.list.x"):
         with pytest.raises(ValueError, match=re.escape(f"--grid {bad!r}")):
             parse_grid([bad])
     with pytest.raises(ValueError, match="each name once"):
@@ -98,19 +110,29 @@ def test_parse_grid(tmp_path):
 def test_a_command_is_read_as_it_is_written(tmp_path, good):
     given = {"seed": 3, "name": "it's, \"so\"", "rate": 1, "none": "x", "parts": [1, "b"]}
     (job,) = planning.plan([Path(good)], [given], tmp_path, 1)
-    assert (parameters := job.about["parameters"]) == {**given, "rate": 1.0} and isinstance(parameters["rate"], float)
+    assert ((parameters := job.about["parameters"]) == {**given, "rate": 1.0}
+            and isinstance(parameters["rate"], float))
     options = [word for word in shlex.split(job.about["command"])[3:] if word != "--grid"]
     assert Path(options[0]).resolve() == Path(good) and parse_grid(options[1:]) == [parameters]
 
 
-@pytest.mark.parametrize("arguments, named", [
-    (["--grid", "sed=1"], "--grid sed: not a parameter of good.ipynb, which has ['name', 'none', 'parts', 'rate', 'seed']"),
-    (["--grid", "seed=a"], "--grid seed='a': must be int, as seed = 0 in good.ipynb"), (["--grid", "seed=True"], "--grid seed=True: must be int"),
-    (["--grid", "name=1"], "--grid name=1: must be str"), (["--grid", "rate=x"], "--grid rate='x': must be float"), (["--grid", "seed=2:2"], "not empty"),
-    (["--grid", "seed=1,1"], "is there twice"), (["--workers", "0"], "--workers 0"), (["--timeout", "0"], "--timeout 0"), (["missing.ipynb"], "missing.ipynb"),
-    (["--publish", "--grid", "seed=1"], "--publish takes no --grid"), (["--slurm", "cores=1,memory=1GB"], "no sbatch"),
-    (["--grid", "name=@nothing.json:a"], "nothing.json")])
-def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, good, capsys, arguments, named):
+@pytest.mark.parametrize("arguments, named",
+                         [(["--grid", "sed=1"], "--grid sed: not a parameter "
+                           "of good.ipynb, which has ['name', 'none', 'parts', 'rate', 'seed']"),
+                          (["--grid", "seed=a"],
+                           "--grid seed='a': must be int, as seed = 0 in good.ipynb"),
+                          (["--grid", "seed=True"], "--grid seed=True: must be int"),
+                          (["--grid", "name=1"], "--grid name=1: must be str"),
+                          (["--grid", "rate=x"], "--grid rate='x': must be float"),
+                          (["--grid", "seed=2:2"], "not empty"),
+                          (["--grid", "seed=1,1"], "is there twice"),
+                          (["--workers", "0"], "--workers 0"), (["--timeout", "0"], "--timeout 0"),
+                          (["missing.ipynb"], "missing.ipynb"),
+                          (["--publish", "--grid", "seed=1"], "--publish takes no --grid"),
+                          (["--slurm", "cores=1,memory=1GB"], "no sbatch"),
+                          (["--grid", "name=@nothing.json:a"], "nothing.json")])
+def test_what_cannot_work_is_refused_before_anything_is_written(
+        tmp_path, good, capsys, arguments, named):
     with pytest.raises(SystemExit) as stop:
         main([good, *arguments, "--out", str(tmp_path / "out")])
     assert stop.value.code == 2 and named in capsys.readouterr().err
@@ -255,35 +277,47 @@ def test_what_cannot_be_run_is_refused_by_name(tmp_path, good, kind, capsys):
 def test_24_runs_on_two_workers_and_again(tmp_path, good, capsys, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     out = tmp_path / "out"
-    command = [good, "--grid", "seed=0:12", "--grid", "name=a,b", "--workers", "2", "--out", str(out)]
+    command = [good, "--grid", "seed=0:12", "--grid", "name=a,b", "--workers", "2", "--out",
+               str(out)]
     assert main([*command, "--dry-run"]) == 0
     assert capsys.readouterr().out.count(": missing") == 24 and not out.exists()
     assert main(command) == 1
     printed = capsys.readouterr()
-    assert "22 passed, 2 failed" in printed.out and printed.out.count("AssertionError: too large") == 2
-    assert "24/24" in printed.err and "2 failed" in printed.err and "Traceback" not in printed.err and "distributed" not in printed.err
+    assert ("22 passed, 2 failed" in printed.out and printed.out.count("AssertionError: too large")
+            == 2)
+    assert ("24/24" in printed.err and "2 failed" in printed.err and "Traceback" not in printed.err
+            and "distributed" not in printed.err)
     runs = [read(out / name) for name in folders(out)]
-    assert len(runs) == 24 and len({(run["parameters"]["seed"], run["parameters"]["name"]) for run in runs}) == 24
+    assert (len(runs) == 24 and len({(run["parameters"]["seed"], run["parameters"]["name"])
+                                     for run in runs}) == 24)
     for run in runs:
         seed, folder = run["parameters"]["seed"], out / run["run"]
         cells = nbformat.read(folder / "notebook.ipynb", 4).cells
         assert f"seed = {seed}\n" in "".join(cell.source for cell in cells)
-        assert "of the kernel" in (folder / "log.txt").read_text(encoding="utf-8") and 10 < run["peak_mb"] < 2000 and 0 < run["seconds"] < 100
-        assert set(run["versions"]) == {"python", "torch", "numpy"} and len(run["commit"]) == 40 and len(run["fingerprint"]) == 2
+        assert ("of the kernel" in (folder / "log.txt").read_text(encoding="utf-8")
+                and 10 < run["peak_mb"] < 2000 and 0 < run["seconds"] < 100)
+        assert (set(run["versions"]) == {"python", "torch", "numpy"} and len(run["commit"]) == 40
+                and len(run["fingerprint"]) == 2)
         if seed < 11:
             assert (run["status"], run["error"], run["claims"]) == ("passed", None, 2)
-            assert run["results"] == {"score": seed / 2, "threads": "3", "trims": False, "whole": {"16": 1.0, "64": seed / 10}}
-            assert (folder / "stdout.txt").read_text(encoding="utf-8").splitlines() == [f"PASS  seed {seed}", f"PASS  name {run['parameters']['name']}"]
+            assert (run["results"] == {"score": seed / 2, "threads": "3", "trims": False,
+                                       "whole": {"16": 1.0, "64": seed / 10}})
+            assert ((folder / "stdout.txt").read_text(encoding="utf-8").splitlines()
+                    == [f"PASS  seed {seed}", f"PASS  name {run['parameters']['name']}"])
         else:
-            assert (run["status"], run["error"], run["claims"]) == ("failed", "AssertionError: too large", 0)
-            (error,) = [o for cell in cells for o in cell.get("outputs", []) if o.output_type == "error"]
+            assert ((run["status"], run["error"], run["claims"])
+                    == ("failed", "AssertionError: too large", 0))
+            (error,) = [o for cell in cells for o in cell.get("outputs", [])
+                        if o.output_type == "error"]
             assert "too large" in "".join(error.traceback)
     the_report(out, runs)
     monkeypatch.setattr(command_line, "report", lambda out: None)
     written = {name: (out / name / "result.json").stat().st_mtime_ns for name in folders(out)}
-    assert main([*command[:-4], "--out", str(out)]) == 1         # in this process now: what failed is run again, nothing else
+    # in this process now: what failed is run again, nothing else
+    assert main([*command[:-4], "--out", str(out)]) == 1
     assert "22 up to date; 2 failed" in capsys.readouterr().out
-    again = [name for name in folders(out) if (out / name / "result.json").stat().st_mtime_ns != written[name]]
+    again = [name for name in folders(out) if (out / name / "result.json").stat().st_mtime_ns
+             != written[name]]
     assert [name.startswith("good-seed=11") for name in again] == [True, True]
     core = planning.core_hash()
     with monkeypatch.context() as other:
@@ -302,30 +336,43 @@ def test_24_runs_on_two_workers_and_again(tmp_path, good, capsys, monkeypatch):
 def the_report(out, runs):
     with open(out / "table.csv", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
-    assert [(int(row["seed"]), row["name"]) for row in table] == [(seed, name) for seed in range(12) for name in "ab"]
-    assert [float(row["whole.64"]) for row in table if row["status"] == "passed"] == [seed / 10 for seed in range(11) for _ in "ab"]
+    assert ([(int(row["seed"]), row["name"]) for row in table]
+            == [(seed, name) for seed in range(12) for name in "ab"])
+    assert ([float(row["whole.64"]) for row in table if row["status"] == "passed"]
+            == [seed / 10 for seed in range(11) for _ in "ab"])
     pyarrow = pytest.importorskip("pyarrow.parquet")
-    assert pyarrow.read_table(out / "table.parquet").column("seed").to_pylist() == [seed for seed in range(12) for _ in "ab"]
+    assert (pyarrow.read_table(out / "table.parquet").column("seed").to_pylist()
+            == [seed for seed in range(12) for _ in "ab"])
     rows = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    assert len(rows) == 22 and {"seed", "name", "score", "whole", "command", "commit", "versions"} <= set(rows[0]) and rows[4]["score"] == 1.0
+    assert (len(rows) == 22 and {"seed", "name", "score", "whole", "command", "commit", "versions"}
+            <= set(rows[0]) and rows[4]["score"] == 1.0)
     assert (out / "summary.png").stat().st_size > 5000
     page = (out / "index.html").read_text(encoding="utf-8")
-    assert "22 passed, 2 failed" in page and all((out / link).exists() for link in re.findall('(?:href|src)=["\'](.*?)["\']', page))
+    assert ("22 passed, 2 failed" in page and all((out / link).exists()
+                                                  for link in re.findall(
+                                                      '(?:href|src)=["\'](.*?)["\']', page)))
     assert page.count("notebook.ipynb</a>") == 24 and "AssertionError: too large" in page
 
 
 @posix
-def test_a_killed_worker_s_run_is_made_elsewhere_and_one_that_kills_them_all_fails_alone(tmp_path, no_report, capsys):
+def test_a_killed_worker_s_run_is_made_elsewhere_and_one_that_kills_them_all_fails_alone(
+        tmp_path, no_report, capsys):
     kill = "import os, time, pathlib\nmark = pathlib.Path(name)\nif name == 'always' or name == 'once' and not mark.exists():\n    mark.touch()\n" \
            "    os.kill(os.getppid(), 9)\n    time.sleep(60)\ntime.sleep(1)"
     notebook = write(tmp_path / "kill.ipynb", ("name = ''", "parameters"), (kill,))
-    with dask.config.set({"distributed.scheduler.allowed-failures": 1}):  # so few that a run must not share a batch with another's kills
-        assert main([notebook, "--grid", "name=once,never", "--workers", "2", "--out", str(tmp_path / "out")]) == 0
-        assert main([notebook, "--grid", "name=always,calm", "--workers", "2", "--out", str(tmp_path / "out")]) == 1
+    # so few that a run must not share a batch with another's kills
+    with dask.config.set({"distributed.scheduler.allowed-failures": 1}):
+        assert (main([notebook, "--grid", "name=once,never", "--workers", "2", "--out",
+                      str(tmp_path / "out")]) == 0)
+        assert (main([notebook, "--grid", "name=always,calm", "--workers", "2", "--out",
+                      str(tmp_path / "out")]) == 1)
     printed = capsys.readouterr().out
-    assert "2 passed, 0 failed" in printed and "1 passed, 1 failed" in printed and "KilledWorker: Attempted to run task" in printed
-    runs = {run["parameters"]["name"]: run for run in (read(tmp_path / "out" / name) for name in folders(tmp_path / "out"))}
-    assert {name: run["status"] for name, run in runs.items()} == {"once": "passed", "never": "passed", "always": "failed", "calm": "passed"}
+    assert ("2 passed, 0 failed" in printed and "1 passed, 1 failed" in printed
+            and "KilledWorker: Attempted to run task" in printed)
+    runs = {run["parameters"]["name"]: run for run in (read(tmp_path / "out" / name)
+                                                       for name in folders(tmp_path / "out"))}
+    assert ({name: run["status"] for name, run in runs.items()}
+            == {"once": "passed", "never": "passed", "always": "failed", "calm": "passed"})
     cells = nbformat.read(tmp_path / "out" / runs["always"]["run"] / "notebook.ipynb", 4).cells
     assert cells[-1].metadata.papermill.status == "running"     # where it was killed
 
@@ -334,15 +381,18 @@ def test_a_failing_notebook_is_tried_again(tmp_path, no_report, capsys):
     source = "import pathlib\nmark = pathlib.Path(f'{seed}')\nmark.write_text(mark.read_text() + 'x' if mark.exists() else 'x')\n" \
              "assert len(mark.read_text()) > 1 + seed"
     notebook = write(tmp_path / "flaky.ipynb", ("seed = 0", "parameters"), (source,))
-    assert main([notebook, "--grid", "seed=0,1", "--retries", "1", "--out", str(tmp_path / "out")]) == 1
+    assert (main([notebook, "--grid", "seed=0,1", "--retries", "1", "--out", str(tmp_path / "out")])
+            == 1)
     assert "1 passed, 1 failed" in capsys.readouterr().out
     assert [(tmp_path / name).read_text(encoding="utf-8") for name in "01"] == ["xx", "xx"]
 
 
 def test_a_kernel_that_dies_is_a_failure_of_its_run_alone(tmp_path, no_report, capsys):
-    notebook = write(tmp_path / "dies.ipynb", ("seed = 0", "parameters"), ("import os\nif seed == 0:\n    os._exit(3)",))
+    notebook = write(tmp_path / "dies.ipynb", ("seed = 0", "parameters"),
+                     ("import os\nif seed == 0:\n    os._exit(3)",))
     assert main([notebook, "--grid", "seed=0,1", "--out", str(tmp_path / "out")]) == 1
-    assert "1 passed, 1 failed" in (printed := capsys.readouterr().out) and "DeadKernelError: Kernel died" in printed
+    assert ("1 passed, 1 failed" in (printed := capsys.readouterr().out)
+            and "DeadKernelError: Kernel died" in printed)
 
 
 # How a run ends
@@ -360,8 +410,8 @@ def test_a_cell_that_ends_the_notebook_early_fails_the_run(tmp_path, source, no_
 def test_a_run_ends_at_its_time_limit_alone(tmp_path, no_report, capsys):
     """The limit is of all cells together; the second hangs where no interrupt reaches it."""
     hang = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
-    notebook = write(tmp_path / "hang.ipynb", ("seed = 0", "parameters"), ("import time\ntime.sleep(1)",),
-                     (f"{hang}while seed:\n    pass",))
+    notebook = write(tmp_path / "hang.ipynb", ("seed = 0", "parameters"),
+                     ("import time\ntime.sleep(1)",), (f"{hang}while seed:\n    pass",))
     start = time.monotonic()
     limited = [notebook, "--grid", "seed=0,1", "--timeout", "4"]
     assert main([*limited, "--out", str(tmp_path / "out")]) == 1
@@ -403,8 +453,9 @@ def test_when_nothing_is_to_be_done_neither_workers_nor_a_report_are_started(
     assert main(command) == 0 and len(reports) == 1
     monkeypatch.setattr(workers, "connect", lambda args: pytest.fail("workers were started"))
     assert main([*command, "--workers", "2"]) == 0 and len(reports) == 1
-    assert "1 up to date\n" in (printed := capsys.readouterr().out) and "1 passed, 0 failed" in printed
-    os.utime(page, (0, 0))                                       # stopped between a run and its report
+    assert ("1 up to date\n" in (printed := capsys.readouterr().out)
+            and "1 passed, 0 failed" in printed)
+    os.utime(page, (0, 0))  # stopped between a run and its report
     assert main(command) == 0 and len(reports) == 2
     page.unlink()
     assert main(command) == 0 and len(reports) == 3
@@ -412,7 +463,8 @@ def test_when_nothing_is_to_be_done_neither_workers_nor_a_report_are_started(
 
 @pytest.fixture
 def slow(tmp_path):
-    return write(tmp_path / "slow.ipynb", ("seed = 0", "parameters"), ("import time\ntime.sleep(1 if seed < 2 else 30)",))
+    return write(tmp_path / "slow.ipynb", ("seed = 0", "parameters"),
+                 ("import time\ntime.sleep(1 if seed < 2 else 30)",))
 
 
 def start(notebook, out, *options):
@@ -420,8 +472,10 @@ def start(notebook, out, *options):
     workers = int(options[-1])
     process = subprocess.Popen([*PYTHON, notebook, "--grid", "seed=0:4", *options, "--out", str(out)], env=ENVIRONMENT, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True, encoding="utf-8", start_new_session=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # it may be ignored here, as in a background job
-    until(lambda: out.exists() and len(list(out.glob("*/result.json"))) == 2 and len(list(out.glob("*.partial/notebook.ipynb"))) == workers)
+                               # it may be ignored here, as in a background job
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    until(lambda: out.exists() and len(list(out.glob("*/result.json"))) == 2
+          and len(list(out.glob("*.partial/notebook.ipynb"))) == workers)
     until(lambda: len(kernels(psutil.Process(process.pid))) == workers)
     return process
 
@@ -485,9 +539,11 @@ def test_a_batch_told_to_stop_leaves_no_kernel_no_worker_and_no_partial_folder(
 def cluster(tmp_path):
     """A scheduler and two workers, as processes; its address."""
     file, started = tmp_path / "scheduler.json", []
-    for what in (["scheduler", "--port", "0", "--no-dashboard", "--host", "127.0.0.1"], *2 * [["worker", "--nthreads", "1"]]):
+    for what in (["scheduler", "--port", "0", "--no-dashboard", "--host", "127.0.0.1"],
+                 *2 * [["worker", "--nthreads", "1"]]):
         command = [sys.executable, "-m", "dask", *what, "--scheduler-file", str(file)]
-        started.append(subprocess.Popen(command, env=ENVIRONMENT, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        started.append(subprocess.Popen(command, env=ENVIRONMENT, cwd=tmp_path,
+                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
     until(file.exists)
     yield json.loads(file.read_text(encoding="utf-8"))["address"]
     for process in reversed(started):
@@ -495,7 +551,8 @@ def cluster(tmp_path):
         process.wait(20)
 
 
-def test_a_scheduler_and_workers_of_their_own(tmp_path, good, cluster, no_report, capsys, monkeypatch):
+def test_a_scheduler_and_workers_of_their_own(tmp_path, good, cluster, no_report, capsys,
+                                              monkeypatch):
     command = [good, "--grid", "seed=0:4", "--scheduler", cluster, "--out", str(tmp_path / "out")]
     with monkeypatch.context() as other, pytest.raises(SystemExit) as stop:
         other.setattr(planning, "core_hash", lambda: "another")
@@ -503,20 +560,25 @@ def test_a_scheduler_and_workers_of_their_own(tmp_path, good, cluster, no_report
     assert stop.value.code == 2 and "has another mythos_core" in capsys.readouterr().err
     assert folders(tmp_path / "out") == []
     assert main(command) == 0 and "4 passed, 0 failed" in capsys.readouterr().out
-    assert all(read(tmp_path / "out" / name)["results"]["score"] >= 0 for name in folders(tmp_path / "out"))
+    assert all(read(tmp_path / "out" / name)["results"]["score"] >= 0
+               for name in folders(tmp_path / "out"))
     assert main([*command[:2], "seed=4,5", *command[3:]]) == 0   # the cluster is still there
 
 
 def test_workers_of_many_threads_are_refused(tmp_path, good, capsys):
     from distributed import LocalCluster
-    with LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None) as made, pytest.raises(SystemExit) as stop:
+    with LocalCluster(n_workers=1, threads_per_worker=2, processes=False,
+                      dashboard_address=None) as made, pytest.raises(SystemExit) as stop:
         main([good, "--scheduler", made.scheduler_address, "--out", str(tmp_path / "out")])
-    assert stop.value.code == 2 and "--nthreads 1" in capsys.readouterr().err and folders(tmp_path / "out") == []
+    assert (stop.value.code == 2 and "--nthreads 1" in capsys.readouterr().err
+            and folders(tmp_path / "out") == [])
 
 
 def test_no_scheduler_there(tmp_path, good, capsys, monkeypatch):
     distributed = pytest.importorskip("distributed")
-    monkeypatch.setattr(distributed, "Client", lambda address, timeout: (_ for _ in ()).throw(OSError(f"Timed out trying to connect to {address}")))
+    monkeypatch.setattr(distributed, "Client", lambda address,
+                        timeout: (_ for _ in ()).throw(OSError("Timed out trying to connect to "
+                            f"{address}")))
     with pytest.raises(SystemExit) as stop:
         main([good, "--scheduler", "tcp://127.0.0.1:1", "--out", str(tmp_path / "out")])
     assert stop.value.code == 2 and "tcp://127.0.0.1:1" in capsys.readouterr().err
@@ -531,12 +593,14 @@ def test_the_job_script_of_slurm():
     asked = "partition=gpu,cores=8,memory=32GB,jobs=0,gres=gpu:1,time=01:00:00"
     with workers.slurm_cluster(asked) as made:
         script = made.job_script()
-        for line in ("#SBATCH --partition=gpu", "#SBATCH --cpus-per-task=8", "#SBATCH --mem=30G", "#SBATCH --gres=gpu:1", "#SBATCH -t 01:00:00",
-                     "export OMP_NUM_THREADS=8"):
+        for line in ("#SBATCH --partition=gpu", "#SBATCH --cpus-per-task=8", "#SBATCH --mem=30G",
+                     "#SBATCH --gres=gpu:1", "#SBATCH -t 01:00:00", "export OMP_NUM_THREADS=8"):
             assert line in script.splitlines(), script
-        assert re.search(rf"{sys.executable} -m distributed.cli.dask_worker tcp://.* --nthreads 1$", script, re.M)
+        assert re.search(rf"{sys.executable} -m distributed.cli.dask_worker tcp://.* --nthreads 1$",
+                         script, re.M)
     with workers.slurm_cluster("cores=8,memory=32GB,processes=4,jobs=0") as made:
-        assert "export OMP_NUM_THREADS=2" in made.job_script() and "--nworkers 4" in made.job_script()
+        assert ("export OMP_NUM_THREADS=2" in made.job_script()
+                and "--nworkers 4" in made.job_script())
 
 
 # Folders
@@ -548,18 +612,21 @@ def mounted(tmp_path):
     folder.mkdir()
     if not sys.platform.startswith("linux"):
         pytest.skip("mounts a file system as Linux does")
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)], capture_output=True, check=False).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)],
+                      capture_output=True, check=False).returncode:
         pytest.skip("no right to mount")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_full_disk_ends_the_batch_and_what_finished_is_kept(tmp_path, mounted, no_report, capsys):
-    notebook = write(tmp_path / "large.ipynb", ("seed = 0", "parameters"), ("print('x' * 1000_000 * seed)",))
+    notebook = write(tmp_path / "large.ipynb", ("seed = 0", "parameters"),
+                     ("print('x' * 1000_000 * seed)",))
     with pytest.raises(SystemExit) as stop:
         main([notebook, "--grid", "seed=0:3", "--out", str(mounted / "out")])
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and f"{mounted / 'out'}: [Errno 28] No space left" in error and "are kept" in error and "Traceback" not in error
+    assert (stop.value.code == 2 and f"{mounted / 'out'}: [Errno 28] No space left" in error
+            and "are kept" in error and "Traceback" not in error)
     (name,) = folders(mounted / "out")
     assert read(mounted / "out" / name)["parameters"] == {"seed": 0}
 
@@ -569,21 +636,24 @@ def test_a_folder_that_cannot_be_written_is_named(good, mounted, capsys):
     subprocess.run(["mount", "-o", "remount,ro", str(mounted)], check=True)
     with pytest.raises(SystemExit) as stop:
         main([good, "--out", str(mounted / "out")])
-    assert stop.value.code == 2 and str(mounted / "out") in (error := capsys.readouterr().err) and "Read-only file system" in error
+    assert (stop.value.code == 2 and str(mounted / "out") in (error := capsys.readouterr().err)
+            and "Read-only file system" in error)
 
 
 def test_a_stale_result_stays_until_the_new_one_is_whole(tmp_path, good, no_report, monkeypatch):
     out = tmp_path / "out"
     assert main([good, "--out", str(out)]) == 0
     (name,) = folders(out)
-    Path(good).write_text(Path(good).read_text(encoding="utf-8").replace("too large", "no"), encoding="utf-8")
+    Path(good).write_text(Path(good).read_text(encoding="utf-8").replace("too large", "no"),
+                          encoding="utf-8")
     with monkeypatch.context() as other, pytest.raises(SystemExit):
         full = OSError(28, "No space left")
         other.setattr(running, "keep", lambda *a, **k: (_ for _ in ()).throw(full))
         main([good, "--out", str(out)])
     assert folders(out) == [name] and read(out / name)["status"] == "passed"
     old = read(out / name)["fingerprint"]
-    assert main([good, "--out", str(out)]) == 0 and folders(out) == [name] and read(out / name)["fingerprint"] != old
+    assert (main([good, "--out", str(out)]) == 0 and folders(out) == [name]
+            and read(out / name)["fingerprint"] != old)
 
 
 def test_a_damaged_result_is_named_and_the_rest_reported(tmp_path, good, capsys):
@@ -596,8 +666,10 @@ def test_a_damaged_result_is_named_and_the_rest_reported(tmp_path, good, capsys)
     capsys.readouterr()
     assert main(["report", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert all(f"{name}: no whole result.json" in printed for name in (first, second, fourth)) and third not in printed
-    assert [row["seed"] for row in json.loads((out / "results.json").read_text(encoding="utf-8"))] == [2]
+    assert (all(f"{name}: no whole result.json" in printed for name in (first, second, fourth))
+            and third not in printed)
+    assert ([row["seed"] for row in json.loads((out / "results.json").read_text(encoding="utf-8"))]
+            == [2])
     assert first in (out / "index.html").read_text(encoding="utf-8")
     assert main([good, "--grid", "seed=0:4", "--out", str(out), "--dry-run"]) == 0
     assert "3 missing; 1 up to date" in capsys.readouterr().out
@@ -618,12 +690,14 @@ def test_results_are_declared_as_json(capsys, monkeypatch):
 
 
 def test_a_run_of_the_study_makes_a_row(tmp_path, no_report):
-    grid = ["--grid", "variant='NoPE'", "--grid", "seed=1", "--grid", "measure=pace", "--grid", "steps=2"]
+    grid = ["--grid", "variant='NoPE'", "--grid", "seed=1", "--grid", "measure=pace", "--grid",
+            "steps=2"]
     assert main([str(ROOT / "mythos_core" / "study.ipynb"), *grid, "--out", str(tmp_path)]) == 0
     (run,) = [read(tmp_path / name) for name in folders(tmp_path)]
     committed = study.load(study.RESULTS / "pace.json")[0]
     assert set(committed) <= {*run["parameters"], *run["results"], "command", "commit", "versions"}
-    assert run["results"]["recipe"]["steps"] == 2 and run["results"]["parameters"] == committed["parameters"] and run["results"]["threads"] == 1
+    assert (run["results"]["recipe"]["steps"] == 2 and run["results"]["parameters"]
+            == committed["parameters"] and run["results"]["threads"] == 1)
 
 
 # Publishing
@@ -631,7 +705,8 @@ def test_a_run_of_the_study_makes_a_row(tmp_path, no_report):
 def test_publish_puts_the_executed_notebook_in_place(tmp_path, good, no_report):
     assert main([good, "--publish", "--out", str(tmp_path / "out")]) == 0
     notebook = nbformat.read(good, 4)
-    assert [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"] == [1, 2, 3, 4, 5]
+    assert ([cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+            == [1, 2, 3, 4, 5])
     assert notebook.cells[4].outputs[0].text == "PASS  seed 0\nPASS  name a\n"
     assert not any("papermill" in part.metadata for part in [notebook, *notebook.cells])
 

@@ -9,9 +9,10 @@ from mythos_core.config import tutorial_config
 from mythos_core.probes import cache_bytes
 
 shifts = st.sampled_from([{}, {"token_shift": True}, {"token_shift": True, "shift_growth": 2}])
-configs = st.builds(
-    lambda shift, attn, **more: tiny(attn, **shift, **more), shifts, st.sampled_from(["gqa", "mla"]), window=st.sampled_from([None, 1, 2, 5, 40]),
-    halting=st.sampled_from(["act", "act_remainder", "none"]), loop_embedding=st.booleans(), rope=st.booleans(), init_std=st.just(0.05))
+configs = st.builds(lambda shift, attn, **more: tiny(attn, **shift, **more), shifts,
+                    st.sampled_from(["gqa", "mla"]), window=st.sampled_from([None, 1, 2, 5, 40]),
+                    halting=st.sampled_from(["act", "act_remainder", "none"]),
+                    loop_embedding=st.booleans(), rope=st.booleans(), init_std=st.just(0.05))
 
 
 def cuts(total):
@@ -19,7 +20,8 @@ def cuts(total):
 
 
 @settings(deadline=None, max_examples=60)
-@given(config=configs, ends=cuts(40), n_loops=st.integers(1, 6), capacity=st.sampled_from([0, 7, 64]))
+@given(config=configs, ends=cuts(40), n_loops=st.integers(1, 6),
+       capacity=st.sampled_from([0, 7, 64]))
 def test_any_chunking_gives_the_logits_of_one_pass(config, ends, n_loops, capacity):
     model = OpenMythos(config).eval()
     ids, cache = torch.randint(0, 17, (2, 40)), KVCache(capacity)
@@ -36,34 +38,42 @@ def test_any_chunking_gives_the_logits_of_one_pass(config, ends, n_loops, capaci
 @pytest.mark.parametrize("attn", ["gqa", "mla"])
 def test_shared_entries_hold_each_position_as_its_last_loops_left_it(attn, halting):
     torch.manual_seed(0)
-    config = tiny(attn, halting=halting, token_shift=True, window=4, loop_embedding=False, lora_rank=0, init_std=0.05)
-    model, ids, cache, own = OpenMythos(config).double().eval(), torch.randint(0, 17, (2, 12)), KVCache(loops=2), KVCache()
+    config = tiny(attn, halting=halting, token_shift=True, window=4, loop_embedding=False,
+                  lora_rank=0, init_std=0.05)
+    model, ids, cache, own = (OpenMythos(config).double().eval(), torch.randint(0, 17, (2, 12)),
+                              KVCache(loops=2), KVCache())
     with torch.no_grad():
-        assert torch.equal(model(ids, 5, cache), model(ids, 5, own))                    # nothing is read yet from another pass
+        # nothing is read yet from another pass
+        assert torch.equal(model(ids, 5, cache), model(ids, 5, own))
         past = {t: own._strips[f"loop.{t}", "shift"].newest(0, 12)[:, -1] for t in range(5)}
         assert torch.equal(cache._strips["loop.0", "shift"].newest(0, 12)[:, -1], past[4])
         assert torch.equal(cache._strips["loop.1", "shift"].newest(0, 12)[:, -1], past[3])
-        model(ids[:, :1], 9, cache)                                                     # another number of loops
+        model(ids[:, :1], 9, cache)  # another number of loops
     assert len(cache) == 4 and cache.nbytes == cache_bytes(config, 13, 2, batch=2, itemsize=8)
 
 
 def test_one_entry_for_all_loops_is_a_plain_transformers_cache_where_states_do_not_move():
     config = tiny(halting="none", loop_embedding=False, lora_rank=0)
-    model, ids, cache = OpenMythos(config).double().eval(), torch.randint(0, 17, (2, 12)), KVCache(loops=1)
-    model.recurrent.injection.B.data.zero_()                      # h stays what it is: every loop keeps the same of a position
+    model, ids, cache = (OpenMythos(config).double().eval(), torch.randint(0, 17, (2, 12)),
+                         KVCache(loops=1))
+    # h stays what it is: every loop keeps the same of a position
+    model.recurrent.injection.B.data.zero_()
     model.recurrent.injection.log_A.data.fill_(-99)
-    for weight in (model.recurrent.block.attn.out.weight, model.recurrent.block.ffn.down, model.recurrent.block.ffn.shared[0].down.weight):
+    for weight in (model.recurrent.block.attn.out.weight, model.recurrent.block.ffn.down,
+                   model.recurrent.block.ffn.shared[0].down.weight):
         weight.data.zero_()
     with torch.no_grad():
         parts = [model(part, 4, cache) for part in ids.split(3, 1)]
     assert torch.allclose(torch.cat(parts, 1), model(ids, 4), atol=1e-5)
 
 
-@pytest.mark.parametrize("config, loops, n_loops, named", [
-    (dict(), 0, 3, "loops = 0"), (dict(), 4, 3, "n_loops = 3"), (dict(token_shift=True, shift_growth=2), 1, 3, "shift_growth")])
+@pytest.mark.parametrize("config, loops, n_loops, named",
+                         [(dict(), 0, 3, "loops = 0"), (dict(), 4, 3, "n_loops = 3"),
+                          (dict(token_shift=True, shift_growth=2), 1, 3, "shift_growth")])
 def test_sharing_refuses_what_it_cannot_do(config, loops, n_loops, named):
     with pytest.raises(ValueError, match=named):
-        OpenMythos(tiny(**config)).eval()(torch.ones(1, 4, dtype=torch.int64), n_loops, KVCache(loops=loops))
+        OpenMythos(tiny(**config)).eval()(torch.ones(1, 4, dtype=torch.int64), n_loops,
+                                          KVCache(loops=loops))
 
 
 @pytest.mark.parametrize("attn, kilobytes", [("gqa", 192), ("mla", 72)])
@@ -92,8 +102,9 @@ def test_gradients_do_not_pass_a_cache():
     assert not OpenMythos(tiny())(torch.ones(1, 3, dtype=torch.int64), 2, KVCache()).requires_grad
 
 
-@pytest.mark.parametrize("then, named", [
-    (dict(n_loops=3), "n_loops"), (dict(batch=1), "batch"), (dict(config=dict(window=5)), "config"), (dict(token=17), "ids"), (dict(seq=60), "max_seq_len")])
+@pytest.mark.parametrize("then, named", [(dict(n_loops=3), "n_loops"), (dict(batch=1), "batch"),
+                                         (dict(config=dict(window=5)), "config"),
+                                         (dict(token=17), "ids"), (dict(seq=60), "max_seq_len")])
 def test_a_pass_that_does_not_fit_is_refused_and_changes_nothing(then, named):
     model, cache, ids = OpenMythos(tiny()).eval(), KVCache(), torch.randint(0, 17, (2, 9))
     model(ids[:, :8], 2, cache)

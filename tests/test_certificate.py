@@ -54,7 +54,8 @@ def test_the_machine_read_off_a_model_answers_as_the_model_does(seed, codes, **c
 
 @settings(deadline=None, max_examples=25)
 @given(seed=st.integers(0, 999), state=st.integers(0, 20), letter=st.integers(0, 1))
-def test_a_model_that_is_wrong_in_one_transition_is_refused_with_the_shortest_string(seed, state, letter):
+def test_a_model_that_is_wrong_in_one_transition_is_refused_with_the_shortest_string(
+        seed, state, letter):
     model = coded(seed, dtype=torch.float64)
     right = automaton(model, 2)
     answer = right.answer.clone()

@@ -22,7 +22,8 @@ def test_a_figure_is_saved_with_its_numbers(tmp_path, monkeypatch):
     figures.use_house_style()
     fig, ax = plt.subplots()
     figures.loop_by_position(ax, torch.rand(3, 5), "a title", "share")
-    figures.save(fig, "name", "what it shows", a=torch.tensor([1.23456789, 2.0]), b={"c": np.int64(3)}, d=[0.1 + 0.2])
+    figures.save(fig, "name", "what it shows", a=torch.tensor([1.23456789, 2.0]),
+                 b={"c": np.int64(3)}, d=[0.1 + 0.2])
     assert (tmp_path / "made" / "name.png").stat().st_size > 1000
     content = json.loads((tmp_path / "made" / "name.json").read_text(encoding="utf-8"))
     assert content == {"alt": "what it shows", "a": [1.23457, 2.0], "b": {"c": 3}, "d": [0.3]}
@@ -53,7 +54,8 @@ def architecture():
     plt.close("all")
 
 
-def test_the_committed_diagram_is_the_one_that_the_script_draws(architecture, tmp_path, monkeypatch):
+def test_the_committed_diagram_is_the_one_that_the_script_draws(
+        architecture, tmp_path, monkeypatch):
     monkeypatch.setenv("MYTHOS_FIGURES", str(tmp_path))
     architecture["main"]()
     about, about_drawn = ((folder / "architecture.json").read_text(encoding="utf-8")
@@ -61,21 +63,28 @@ def test_the_committed_diagram_is_the_one_that_the_script_draws(architecture, tm
     assert about == about_drawn
     committed, drawn = ((folder / "architecture.svg").read_text(encoding="utf-8")
                         for folder in (COMMITTED, tmp_path))
-    if f"Matplotlib v{matplotlib.__version__}," in committed:       # another draws the same letters by other strokes and pixels
+    # another draws the same letters by other strokes and pixels
+    if f"Matplotlib v{matplotlib.__version__}," in committed:
         assert re.findall(r"<(path|use) ", drawn) == re.findall(r"<(path|use) ", committed)
-        assert compare_images(str(COMMITTED / "architecture.png"), str(tmp_path / "architecture.png"), tol=2, in_decorator=True) is None
+        assert (compare_images(str(COMMITTED / "architecture.png"),
+                               str(tmp_path / "architecture.png"), tol=2, in_decorator=True)
+                is None)
 
 
 def test_the_diagram_follows_the_model(architecture):
     def drawn(model):
         ax = plt.figure().add_subplot()
         architecture["draw"](ax, model)
-        return {text.get_text() for text in ax.texts}, sum(patch.get_linestyle() not in ("-", "solid") for patch in ax.patches)
+        return ({text.get_text() for text in ax.texts},
+                sum(patch.get_linestyle() not in ("-", "solid") for patch in ax.patches))
 
     shipped, off = drawn(OpenMythos.from_pretrained("parity-extrapolating"))
-    other, other_off = drawn(OpenMythos(parity_config(prelude_layers=2, n_experts=3, carry=False, halting="none")))
-    assert {"1 block, run once", "4 tokens, 64 channels", "a token passes 2 of 4 experts, and 1 shared"} <= shipped
-    assert {"2 blocks, run once", "64 tokens, 64 channels", "a token passes 2 of 3 experts, and 1 shared"} <= other
+    other, other_off = drawn(OpenMythos(parity_config(prelude_layers=2, n_experts=3, carry=False,
+                                                      halting="none")))
+    assert ({"1 block, run once", "4 tokens, 64 channels",
+             "a token passes 2 of 4 experts, and 1 shared"} <= shipped)
+    assert ({"2 blocks, run once", "64 tokens, 64 channels",
+             "a token passes 2 of 3 experts, and 1 shared"} <= other)
     assert off == 7             # loop embedding, token shift, MLA, LoRA, A h, B e, halting head
     assert other_off == 5       # token shift, MLA, A h, B e, halting
 

@@ -1,4 +1,5 @@
-"""The gate has teeth: each check of test_notebooks.py and of gate.py is shown a fault in a copy, and has to find it."""
+"""The gate has teeth: each check of test_notebooks.py and of gate.py is shown a fault in a copy,
+and has to find it."""
 import json
 import os
 import re
@@ -108,23 +109,37 @@ def test_a_figure_that_lacks_something_is_found(check, plant, tmp_path, monkeypa
         check()
 
 
-A = {"alt": "two runs, 64 bits", "loops": 7, "accuracy": 0.5, "curve": [0.1, 0.2, 0.9], "by name": {"a": [[1, 2], [3, 4]]}, "label": ["x", None],
-     "train_seconds": [40.0]}
+A = {"alt": "two runs, 64 bits", "loops": 7, "accuracy": 0.5, "curve": [0.1, 0.2, 0.9],
+     "by name": {"a": [[1, 2], [3, 4]]}, "label": ["x", None], "train_seconds": [40.0]}
 
 
-@pytest.mark.parametrize(("change", "same"), [
-    ({}, True), ({"accuracy": 0.505}, True), ({"curve": [0.1, 0.201, 0.9]}, True), ({"train_seconds": [99.0]}, True), ({"accuracy": 0.52}, False),
-    ({"loops": 8}, False), ({"loops": 7.0}, False), ({"curve": [0.1, 0.2, 0.8]}, False), ({"curve": [0.1, 0.2]}, False), ({"curve": [0.9, 0.2, 0.1]}, False),
-    ({"curve": [0.1, 0.2, float("nan")]}, False), ({"by name": {"a": [[1, 2], [3, 5]]}}, False), ({"by name": {"b": [[1, 2], [3, 4]]}}, False),
-    ({"label": ["y", None]}, False), ({"alt": "lines"}, False), ({"more": 1}, False)])
+@pytest.mark.parametrize(("change", "same"), [({}, True), ({"accuracy": 0.505}, True),
+                                              ({"curve": [0.1, 0.201, 0.9]}, True),
+                                              ({"train_seconds": [99.0]}, True),
+                                              ({"accuracy": 0.52}, False), ({"loops": 8}, False),
+                                              ({"loops": 7.0}, False),
+                                              ({"curve": [0.1, 0.2, 0.8]}, False),
+                                              ({"curve": [0.1, 0.2]}, False),
+                                              ({"curve": [0.9, 0.2, 0.1]}, False),
+                                              ({"curve": [0.1, 0.2, float("nan")]}, False),
+                                              ({"by name": {"a": [[1, 2], [3, 5]]}}, False),
+                                              ({"by name": {"b": [[1, 2], [3, 4]]}}, False),
+                                              ({"label": ["y", None]}, False),
+                                              ({"alt": "lines"}, False), ({"more": 1}, False)])
 def test_numbers_of_two_runs_are_compared_as_numbers(change, same):
     assert (differences(A, {**A, **change}) == []) is same
 
 
-@pytest.mark.parametrize(("change", "same"), [
-    ({"accuracy": 0.9}, True), ({"accuracy": None}, True), ({"curve": [0.9, 0.2, 0.1]}, True), ({"loops": 8}, True),
-    ({"alt": "two runs, 1,024 bits"}, True), ({"curve": [0.1, 0.2]}, False), ({"curve": [0.1, 0.2, "z"]}, False), ({"label": ["y", None]}, False),
-    ({"accuracy": [0.9]}, False), ({"alt": "three runs, 64 bits"}, False), ({"another": 1}, False)])
+@pytest.mark.parametrize(("change", "same"), [({"accuracy": 0.9}, True), ({"accuracy": None}, True),
+                                              ({"curve": [0.9, 0.2, 0.1]}, True),
+                                              ({"loops": 8}, True),
+                                              ({"alt": "two runs, 1,024 bits"}, True),
+                                              ({"curve": [0.1, 0.2]}, False),
+                                              ({"curve": [0.1, 0.2, "z"]}, False),
+                                              ({"label": ["y", None]}, False),
+                                              ({"accuracy": [0.9]}, False),
+                                              ({"alt": "three runs, 64 bits"}, False),
+                                              ({"another": 1}, False)])
 def test_elsewhere_numbers_may_differ_but_not_names_shapes_and_words(change, same):
     assert (differences(A, {**A, **change}, here=False) == []) is same
 
@@ -174,25 +189,40 @@ def {name}(x):
 def test_a_run_that_differs_from_what_was_committed_fails_the_gate(tmp_path, here):
     """nbval, the exercises and the figures over a notebook of which some is as it was, some not."""
     draw = "fig = plt.figure()\nfig.add_subplot().plot([1, 2, {}])\nfigures.save(fig, \"{}\", [1, 2, {}])\nplt.close(fig)"
-    claims = [new_code_cell(f'assert offset < 9\nprint("PASS ", {n} + offset)', metadata={"tags": ["claims", "nbval-check-output"]}, execution_count=1,
-                            outputs=[new_output("stream", name="stdout", text=f"PASS  {n}\n")]) for n in (1, 2)]
-    tasks = ["## Exercises", EXERCISE.format(n=1, task="Double.", name="double", answer="2 * x"), EXERCISE.format(n=2, task="Add.", name="add", answer="x + 1"),
+    claims = [new_code_cell(f'assert offset < 9\nprint("PASS ", {n} + offset)',
+                            metadata={"tags": ["claims", "nbval-check-output"]}, execution_count=1,
+                            outputs=[new_output("stream", name="stdout", text=f"PASS  {n}\n")])
+              for n in (1, 2)]
+    tasks = ["## Exercises", EXERCISE.format(n=1, task="Double.", name="double", answer="2 * x"),
+             EXERCISE.format(n=2, task="Add.", name="add", answer="x + 1"),
              EXERCISE.format(n=3, task="About a minute is training.", name="train", answer="x + 2")]
-    cells = [SAVE, "offset = 0", draw.format(3, "as_it_was", 3), draw.format(9, "changed", 9), claims[0], "offset = 1", claims[1]]
+    cells = [SAVE, "offset = 0", draw.format(3, "as_it_was", 3), draw.format(9, "changed", 9),
+             claims[0], "offset = 1", claims[1]]
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "figures").mkdir()
     of = arithmetic() if here else "another processor"
     (tmp_path / "figures" / "arithmetic.txt").write_text(of, encoding="utf-8")
-    cells = [cell if isinstance(cell, dict) else new_code_cell(cell, execution_count=1) for cell in cells]
-    nbformat.write(new_notebook(cells=[*cells, new_markdown_cell("\n\n".join(tasks))]), tmp_path / "notebooks" / "x.ipynb")
-    committed = subprocess.run([sys.executable, "-c", "\n".join([SAVE, draw.format(3, "as_it_was", 3), draw.format(3, "changed", 3)])],
-                               env={**os.environ, "MYTHOS_FIGURES": str(tmp_path / "figures"), "MPLBACKEND": "agg"}, check=False)
+    cells = [cell if isinstance(cell, dict) else new_code_cell(cell, execution_count=1)
+             for cell in cells]
+    nbformat.write(new_notebook(cells=[*cells, new_markdown_cell("\n\n".join(tasks))]),
+                   tmp_path / "notebooks" / "x.ipynb")
+    committed = subprocess.run([sys.executable, "-c",
+                                "\n".join([SAVE, draw.format(3, "as_it_was", 3),
+                                           draw.format(3, "changed", 3)])],
+                               env={**os.environ, "MYTHOS_FIGURES": str(tmp_path / "figures"),
+                                    "MPLBACKEND": "agg"}, check=False)
     assert committed.returncode == 0
-    said = subprocess.run([sys.executable, "-m", "pytest", "notebooks", "-rA", "--nbval-lax", "--nbval-current-env", "-p", "gate", "-p", "no:cacheprovider",
-                           "-m", "not training"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT / "tests")}, capture_output=True, text=True).stdout
-    outcomes = dict(reversed(line.split(" - ")[0].split(" ", 1)) for line in re.findall(r"^((?:PASSED|FAILED) .*)$", said, re.M))
+    said = subprocess.run([sys.executable, "-m", "pytest", "notebooks", "-rA", "--nbval-lax",
+                           "--nbval-current-env", "-p", "gate", "-p", "no:cacheprovider", "-m",
+                           "not training"], cwd=tmp_path,
+                          env={**os.environ, "PYTHONPATH": str(ROOT / "tests")},
+                          capture_output=True, text=True).stdout
+    outcomes = dict(reversed(line.split(" - ")[0].split(" ", 1))
+                    for line in re.findall(r"^((?:PASSED|FAILED) .*)$", said, re.M))
     outcomes = {name.partition("::")[2]: outcome for name, outcome in outcomes.items()}
-    assert outcomes == {**{f"Cell {n}": "PASSED" for n in range(6)}, "Cell 6": "FAILED", "exercise 1": "PASSED", "exercise 2": "FAILED",
+    assert outcomes == {**{f"Cell {n}": "PASSED" for n in range(6)}, "Cell 6": "FAILED",
+                        "exercise 1": "PASSED", "exercise 2": "FAILED",
                         "figures as committed": "FAILED" if here else "PASSED"}, said
-    assert ("changed/points: off by" in said) is ("changed.png" in said) is here and ("numbers are not compared" in said) is not here
+    assert (("changed/points: off by" in said) is ("changed.png" in said) is here
+            and ("numbers are not compared" in said) is not here)
     assert "as_it_was" not in said and "1 deselected" in said

@@ -13,10 +13,14 @@ def made(dtype=torch.float64):
 
 def test_the_norm_is_its_formula_and_its_gradient_that_of_the_formula():
     norm, _, x, _ = made()
-    assert torch.allclose(norm(x), norm.weight * x / (x.pow(2).mean(-1, keepdim=True) + 1e-3).sqrt())
+    assert torch.allclose(norm(x), norm.weight * x
+                          / (x.pow(2).mean(-1, keepdim=True) + 1e-3).sqrt())
     for shape in ((3, 5, 12), (7, 12)):
         x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-        assert torch.autograd.gradcheck(norm, x) and torch.autograd.gradcheck(lambda w, x=x: torch.func.functional_call(norm, {"weight": w}, x), norm.weight)
+        assert (torch.autograd.gradcheck(norm, x)
+                and torch.autograd.gradcheck(lambda w,
+                                             x=x: torch.func.functional_call(norm, {"weight": w},
+                                                 x), norm.weight))
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
@@ -35,9 +39,12 @@ def test_training_and_evaluation_give_the_same_bits(dtype, tolerance):
 def test_training_keeps_the_input_once():
     norm, _, x, _ = made()
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor,
+                                                  lambda tensor: tensor):
         norm(x.requires_grad_())
-    assert sum(tensor.numel() for tensor in {tensor.data_ptr(): tensor for tensor in kept}.values()) == 12 + 3 * 5 * (12 + 1)
+    assert (sum(tensor.numel() for tensor in {tensor.data_ptr(): tensor
+                                              for tensor in kept}.values()) == 12 + 3 * 5
+            * (12 + 1))
 
 
 def test_a_second_derivative_in_training_is_refused():

@@ -28,7 +28,8 @@ def test_A_stays_strictly_inside_0_1(log_dt, log_A):
     injection.log_dt.data.fill_(log_dt)
     injection.log_A.data.fill_(log_A)
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        A = injection.to(dtype).get_A() if abs(log_dt) + abs(log_A) < 1e4 else injection.float().get_A()
+        A = (injection.to(dtype).get_A() if abs(log_dt) + abs(log_A) < 1e4
+             else injection.float().get_A())
         assert (A > 0).all() and (A < 1).all()
 
 
@@ -72,7 +73,8 @@ def test_act_weights_follow_graves():
     model = OpenMythos(tiny(act_threshold=0.9))
     model.recurrent.act.halt.bias.data.fill_(-1.0)
     _, records = run(model, IDS, 20)
-    p, w = (torch.stack([getattr(r, name) for r in records]) for name in ("halt_probability", "halt_weight"))
+    p, w = (torch.stack([getattr(r, name) for r in records])
+            for name in ("halt_probability", "halt_weight"))
     for b in range(3):
         for s in range(12):
             total, done = 0.0, False
@@ -83,7 +85,8 @@ def test_act_weights_follow_graves():
                 done, total = done or total + q >= 0.9, total + q
     assert len(records) < 20                                 # all have halted: the loop ended
     assert torch.allclose(w.sum(0), torch.ones(3, 12))
-    assert torch.allclose(records[-1].output, sum(r.halt_weight[..., None] * r.h for r in records), atol=1e-6)
+    assert torch.allclose(records[-1].output, sum(r.halt_weight[..., None] * r.h for r in records),
+                          atol=1e-6)
 
 
 def test_what_remains_is_dropped_by_act_and_given_to_the_last_loop_by_act_remainder():
@@ -92,7 +95,8 @@ def test_what_remains_is_dropped_by_act_and_given_to_the_last_loop_by_act_remain
         model.recurrent.act.halt.bias.data.fill_(-6.0)
         _, records = run(model, IDS, 3)
         weights = torch.stack([r.halt_weight for r in records]).sum(0)
-        assert len(records) == 3 and (weights.max() < total if halting == "act" else torch.allclose(weights, torch.ones_like(weights)))
+        assert (len(records) == 3 and (weights.max() < total if halting == "act"
+                                       else torch.allclose(weights, torch.ones_like(weights))))
 
 
 def test_early_exit_changes_no_logit():
@@ -126,7 +130,8 @@ def test_lora_reuses_its_last_row_and_rank_0_leaves_it_out():
 def test_loop_embedding_is_on_an_eighth_of_the_channels():
     emb = loop_embedding(4, 64, torch.zeros(1))
     angle = 3 / 10000 ** (torch.arange(4) / 4)
-    assert torch.allclose(emb[3, :8], torch.cat([angle.sin(), angle.cos()])) and not emb[:, 8:].any()
+    assert (torch.allclose(emb[3, :8], torch.cat([angle.sin(), angle.cos()]))
+            and not emb[:, 8:].any())
 
 
 @pytest.mark.parametrize("distance", [1, 2, 8, 2 ** 40])
@@ -142,7 +147,8 @@ def test_a_random_start_is_for_half_of_the_strings_in_training_only():
     e = torch.zeros(2000, 3, 32)
     start = model.train().recurrent._start(e)
     thrown = start.abs().amax((1, 2)) > 0
-    assert 0.45 < thrown.float().mean() < 0.55 and start[thrown].std().item() == pytest.approx(4.0, rel=0.02)
+    assert (0.45 < thrown.float().mean() < 0.55 and start[thrown].std().item()
+            == pytest.approx(4.0, rel=0.02))
     assert torch.equal(model.eval().recurrent._start(e), e)
 
 
@@ -166,17 +172,20 @@ def test_noise_is_on_in_training_only():
 
 
 @settings(deadline=None, max_examples=25)
-@given(position=st.integers(0, 11), attn=st.sampled_from(["gqa", "mla"]), window=st.sampled_from([None, 3]), shift=st.booleans())
+@given(position=st.integers(0, 11), attn=st.sampled_from(["gqa", "mla"]),
+       window=st.sampled_from([None, 3]), shift=st.booleans())
 def test_no_position_sees_a_later_one(position, attn, window, shift):
     model = OpenMythos(tiny(attn, window=window, token_shift=shift)).eval()
     changed = IDS.clone()
     changed[:, position] = (changed[:, position] + 1) % 17
     before, after = model(IDS, 3), model(changed, 3)
-    assert torch.equal(before[:, :position], after[:, :position]) and not torch.equal(before[:, position], after[:, position])
+    assert (torch.equal(before[:, :position], after[:, :position])
+            and not torch.equal(before[:, position], after[:, position]))
 
 
 def test_one_loop_reaches_no_further_than_its_window():
-    """Prelude, T loops and coda of window w each carry news w - 1 positions, a token shift one more."""
+    """Prelude, T loops and coda of window w each carry news w - 1 positions, a token shift one
+    more."""
     ids = torch.randint(0, 17, (1, 40))
     changed = ids.clone()
     changed[0, 0] = (changed[0, 0] + 1) % 17
@@ -184,5 +193,6 @@ def test_one_loop_reaches_no_further_than_its_window():
         model = OpenMythos(tiny(window=3, token_shift=shift, halting="none", init_std=0.3)).eval()
         differs = (model(ids, 4) != model(changed, 4)).any(-1)[0].nonzero().max()
         assert differs == 2 * (1 + 4 + 1) + 4 * shift
-    scan = OpenMythos(tiny(window=1, token_shift=True, shift_growth=2, halting="none", init_std=0.3)).eval()
+    scan = OpenMythos(tiny(window=1, token_shift=True, shift_growth=2, halting="none",
+                           init_std=0.3)).eval()
     assert (scan(ids, 4) != scan(changed, 4)).any(-1)[0].nonzero().max() == 1 + 2 + 4 + 8

@@ -36,7 +36,8 @@ def step_by_step(of, ids):
 def test_a_machine_answers_by_its_table_and_its_minimal_form_answers_alike(seed):
     of = random_machine(seed)
     ids, targets = of.make_batch(40, 12, torch.Generator().manual_seed(seed), strings="mixed")
-    assert torch.equal(targets, step_by_step(of, ids)) and int(ids.min()) >= 1 and int(ids.max()) <= 3
+    assert (torch.equal(targets, step_by_step(of, ids)) and int(ids.min()) >= 1
+            and int(ids.max()) <= 3)
     least = of.minimal()
     assert len(least) <= len(of) and torch.equal(least.answers(ids), targets)
     assert least.minimal() == least and least.start == 0
@@ -49,7 +50,7 @@ def test_renaming_splitting_and_adding_unreached_states_changes_no_minimal_form(
     order = torch.tensor(data.draw(st.permutations(range(6))))
     renamed = Machine("renamed", order.argsort()[of.next_state[order]], of.answer[order],
                       int(order.argsort()[of.start]))
-    twins = torch.cat([of.next_state, of.next_state])            # each state twice, and moves to either
+    twins = torch.cat([of.next_state, of.next_state])  # each state twice, and moves to either
     twins = twins + 6 * torch.randint(0, 2, twins.shape)
     twice = Machine("twice", twins, torch.cat([of.answer, of.answer]), of.start)
     more = Machine("more", torch.cat([of.next_state, torch.zeros(1, 3, dtype=torch.int64)]),

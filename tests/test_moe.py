@@ -35,7 +35,8 @@ def loop_over_experts(moe, x):
     return torch.stack(out).view_as(x)
 
 
-@pytest.mark.parametrize("n_experts, k, n_shared", [(4, 2, 1), (9, 1, 2), (16, 2, 1), (20, 4, 2), (3, 3, 1)])
+@pytest.mark.parametrize("n_experts, k, n_shared",
+                         [(4, 2, 1), (9, 1, 2), (16, 2, 1), (20, 4, 2), (3, 3, 1)])
 def test_both_ways_of_computing_equal_a_plain_loop(n_experts, k, n_shared):
     moe = make(n_experts=n_experts, n_experts_per_tok=k, n_shared_experts=n_shared)
     moe.router_bias.uniform_(-1, 1)
@@ -45,8 +46,10 @@ def test_both_ways_of_computing_equal_a_plain_loop(n_experts, k, n_shared):
     assert torch.allclose(out, loop_over_experts(moe, x), atol=1e-5)
     assert torch.allclose(moe.double()(x.double())[0].float(), out, atol=1e-5)
     moe.float()
-    tokens, gates = x.flatten(0, 1), moe.router(x.flatten(0, 1)).gather(-1, ids.flatten(0, 1)).softmax(-1)
-    dense, grouped = moe._dense(tokens, ids.flatten(0, 1), gates), moe._grouped(tokens, ids.flatten(0, 1), gates)
+    tokens, gates = (x.flatten(0, 1), moe.router(x.flatten(0, 1)).gather(-1,
+        ids.flatten(0, 1)).softmax(-1))
+    dense, grouped = (moe._dense(tokens, ids.flatten(0, 1), gates),
+                      moe._grouped(tokens, ids.flatten(0, 1), gates))
     assert torch.allclose(dense, grouped, atol=1e-5)
 
 
@@ -54,13 +57,16 @@ def test_grouped_experts_have_the_gradients_of_dense_ones():
     moe = make(n_experts=8, n_experts_per_tok=2)
     x = torch.randn(10, 32, requires_grad=True)
     gates, ids = moe.router(x).topk(2)
-    wanted = [torch.autograd.grad(way(x, ids, gates.softmax(-1)).square().sum(), [x, moe.gate_up, moe.down, moe.router.weight], retain_graph=True)
+    wanted = [torch.autograd.grad(way(x, ids, gates.softmax(-1)).square().sum(),
+                                  [x, moe.gate_up, moe.down, moe.router.weight], retain_graph=True)
               for way in (moe._dense, moe._grouped)]
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(*wanted))
 
 
-@pytest.mark.parametrize("n_experts, tokens, way", [(16, 400, "_grouped"), (16, 4, "_dense"), (4, 4000, "_dense")])
-def test_tokens_are_sorted_where_many_experts_would_be_computed_for_nothing(monkeypatch, n_experts, tokens, way):
+@pytest.mark.parametrize("n_experts, tokens, way",
+                         [(16, 400, "_grouped"), (16, 4, "_dense"), (4, 4000, "_dense")])
+def test_tokens_are_sorted_where_many_experts_would_be_computed_for_nothing(
+        monkeypatch, n_experts, tokens, way):
     monkeypatch.setattr("mythos_core.moe.SORTING", 100_000)
     moe, taken = make(n_experts=n_experts, n_experts_per_tok=2), []
     for name in ("_dense", "_grouped"):
@@ -97,7 +103,7 @@ def test_the_bias_shifts_the_choice_but_neither_gates_nor_gradient():
 
 def test_balance_moves_the_bias_against_the_load_and_evens_it():
     moe = make(balance_rate=0.05)
-    moe.router.weight.data[0] += 0.5                         # expert 0 would get more than its share on positive tokens
+    moe.router.weight.data[0] += 0.5  # expert 0 would get more than its share on positive tokens
     x = torch.rand(4, 64, 32)
     share = lambda: F.one_hot(moe(x)[1], 4).double().mean((0, 1, 2))  # noqa: E731
     uneven = share()
@@ -105,7 +111,8 @@ def test_balance_moves_the_bias_against_the_load_and_evens_it():
     moe(x)
     load = moe.load.clone()
     moe.balance()
-    assert torch.equal(moe.router_bias.sign(), (load.mean() - load).sign().to(moe.router_bias.dtype))
+    assert torch.equal(moe.router_bias.sign(),
+                       (load.mean() - load).sign().to(moe.router_bias.dtype))
     assert moe.load.sum() == 0
     for _ in range(300):
         moe(x)
@@ -169,7 +176,8 @@ def test_two_processes_run_the_same_loops_and_move_the_same_bias(tmp_path):
 
 
 def test_the_auxiliary_loss_is_its_definition():
-    moe, passes = make(n_experts=5, n_experts_per_tok=2, balance_loss=0.01), [torch.randn(2, 7, 32), torch.randn(1, 3, 32)]
+    moe, passes = (make(n_experts=5, n_experts_per_tok=2, balance_loss=0.01),
+                   [torch.randn(2, 7, 32), torch.randn(1, 3, 32)])
     assert moe.imbalance == 0.0
     expected = 0.0
     for x in passes:

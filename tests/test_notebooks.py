@@ -1,7 +1,9 @@
-"""What nbval lets through: cells that were never run, claims that claim nothing, figures without numbers.
+"""What nbval lets through: cells that were never run, claims that claim nothing, figures without
+numbers.
 
-nbval (run beside this by `make test`) executes every notebook and compares the cells tagged nbval-check-output; gate.py adds the
-exercises' solutions and the figures of that run. test_gate.py shows each check a fault.
+nbval (run beside this by `make test`) executes every notebook and compares the cells tagged
+nbval-check-output; gate.py adds the exercises' solutions and the figures of that run. test_gate.py
+shows each check a fault.
 """
 import ast
 import json
@@ -18,10 +20,12 @@ from gate import exercises, figures_of, names_saved
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
-NAMES = ["01_model_sizes", "02_kv_cache", "03_spectral_stability", "04_training", "05_depth_extrapolation", "06_act_halting",
-         "07_moe_utilization", "08_generation", "09_state_tracking"]
+NAMES = ["01_model_sizes", "02_kv_cache", "03_spectral_stability", "04_training",
+         "05_depth_extrapolation", "06_act_halting", "07_moe_utilization", "08_generation",
+         "09_state_tracking"]
 BENCH = {"bench", "bench_scaling"}      # by `make bench`: test_readme.py has them
-REPOSITORY = re.search(r'Repository = "(.*?)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8")).group(1)
+REPOSITORY = re.search(r'Repository = "(.*?)"',
+                       (ROOT / "pyproject.toml").read_text(encoding="utf-8")).group(1)
 
 
 def load(name):
@@ -36,7 +40,8 @@ def notebook(request):
 
 
 def code(notebook, tag=None):
-    return [c for c in notebook.cells if c.cell_type == "code" and (tag is None or tag in c.metadata.get("tags", []))]
+    return [c for c in notebook.cells if c.cell_type == "code"
+            and (tag is None or tag in c.metadata.get("tags", []))]
 
 
 def prose(notebook):
@@ -57,8 +62,9 @@ def test_every_code_cell_was_run_in_order_without_error(notebook):
 
 def test_form(notebook):
     text = prose(notebook)
-    for part in ("**Question", "**Answer", "What you will learn", "Run time", "What would falsify this", "What was not run",
-                 "Exercises", "<details>", "References"):
+    for part in ("**Question", "**Answer", "What you will learn", "Run time",
+                 "What would falsify this", "What was not run", "Exercises", "<details>",
+                 "References"):
         assert part in text, part
     assert text.startswith(f"# {notebook.name[:2]}")
     assert f"{REPOSITORY.replace('https://github.com', 'https://colab.research.google.com/github')}/blob/main/notebooks/{notebook.name}.ipynb" in text
@@ -80,18 +86,22 @@ def test_claims_are_asserted_and_passed(notebook):
         tree = ast.parse(cell.source)
         asserts = [n for n in ast.walk(tree) if isinstance(n, ast.Assert)]
         assert asserts and "nbval-check-output" in cell.metadata.tags
-        assert all(any(isinstance(n, (ast.Name, ast.Attribute)) for n in ast.walk(a.test)) for a in asserts), "an assert on nothing measured"
+        assert all(any(isinstance(n, (ast.Name, ast.Attribute)) for n in ast.walk(a.test))
+                   for a in asserts), "an assert on nothing measured"
         passed = "".join(o.get("text", "") for o in cell.outputs).splitlines()
         assert len(passed) >= 1 and all(line.startswith("PASS") for line in passed)
-    assert not any("PASS" in o.get("text", "") for c in code(notebook) if c not in cells for o in c.outputs), "a claim that nothing compares"
+    assert not any("PASS" in o.get("text", "") for c in code(notebook) if c not in cells
+                   for o in c.outputs), "a claim that nothing compares"
 
 
 def test_exercises_have_minutes_difficulty_a_test_and_a_folded_solution(notebook):
     whole = exercises(notebook)
-    assert len(whole) == len(re.findall(r"^\*\*\d", prose(notebook).partition("## Exercises")[2], re.M)) >= 2
+    assert (len(whole) == len(re.findall(r"^\*\*\d", prose(notebook).partition("## Exercises")[2],
+                                         re.M)) >= 2)
     for number, exercise in enumerate(whole, 1):
         assert exercise.task.startswith(f"**{number}")
-        assert re.search(r"\d+ minutes", exercise.task) and re.search(r"easy|medium|hard|difficulty \d of 5", exercise.task, re.I)
+        assert (re.search(r"\d+ minutes", exercise.task)
+                and re.search(r"easy|medium|hard|difficulty \d of 5", exercise.task, re.I))
         assert "assert" in exercise.test
         called = re.match(r"def (test_\w+)", exercise.test)
         assert called is None or f"\n{called[1]}(" in exercise.solution, "a test that nobody calls"
@@ -101,8 +111,10 @@ def test_exercises_have_minutes_difficulty_a_test_and_a_folded_solution(notebook
 def test_the_strip_says_where_we_are(number):
     strip = load(NAMES[number - 1]).cells[0].source.split("\n\n")[1]
     assert strip.startswith(f"**Where we are.** {number} of {len(NAMES)} · ")
-    neighbours = {"before": number - 2 if number > 1 else None, "next": number if number < len(NAMES) else None}
-    assert dict(re.findall(r"(before|next): \[.*?\]\((\w+)\.ipynb\)", strip)) == {k: NAMES[i] for k, i in neighbours.items() if i is not None}
+    neighbours = {"before": number - 2 if number > 1 else None,
+                  "next": number if number < len(NAMES) else None}
+    assert (dict(re.findall(r"(before|next): \[.*?\]\((\w+)\.ipynb\)", strip))
+            == {k: NAMES[i] for k, i in neighbours.items() if i is not None})
 
 
 def test_every_figure_has_its_numbers_and_is_shown(notebook):
@@ -111,33 +123,41 @@ def test_every_figure_has_its_numbers_and_is_shown(notebook):
     for name in names:
         assert (ROOT / "figures" / f"{name}.png").stat().st_size > 5000
         assert len(json.loads((ROOT / "figures" / f"{name}.json").read_text(encoding="utf-8"))) > 1
-    assert sum("image/png" in o.get("data", {}) for c in code(notebook) for o in c.outputs) >= len(names)
+    assert (sum("image/png" in o.get("data", {}) for c in code(notebook) for o in c.outputs)
+            >= len(names))
 
 
 def test_every_committed_figure_is_made_by_a_notebook_the_script_beside_it_or_the_bench():
     made = [name for n in NAMES for name in figures_of(load(n))]
-    made += [name for script in (ROOT / "figures").glob("*.py") for name in names_saved(script.read_text(encoding="utf-8"))]
+    made += [name for script in (ROOT / "figures").glob("*.py")
+             for name in names_saved(script.read_text(encoding="utf-8"))]
     assert len(made) == len(set(made))
-    assert {path.stem for path in (ROOT / "figures").iterdir() if path.is_file() and path.name != "arithmetic.txt"} == set(made) | BENCH
+    assert ({path.stem for path in (ROOT / "figures").iterdir() if path.is_file()
+             and path.name != "arithmetic.txt"} == set(made) | BENCH)
     assert "overview" in made
 
 
 def test_the_film_is_small_and_ends_as_the_figure_does():
     folder = ROOT / "figures"
-    right = np.array(json.loads((folder / "travelling_answer.json").read_text(encoding="utf-8"))["right"])
+    right = np.array(json.loads((folder / "travelling_answer.json").read_text(encoding="utf-8"))[
+        "right"])
     assert (folder / "travelling_answer.gif").stat().st_size < 2 ** 20
-    with Image.open(folder / "travelling_answer.gif") as film, Image.open(folder / "travelling_answer.png") as last:
+    with Image.open(folder / "travelling_answer.gif") as film, Image.open(folder
+        / "travelling_answer.png") as last:
         assert film.n_frames == len(right)
         film.seek(film.n_frames - 1)
-        pictures = [np.asarray(picture.convert("L").resize((150, 90))).astype(float) for picture in (film, last)]
+        pictures = [np.asarray(picture.convert("L").resize((150, 90))).astype(float)
+                    for picture in (film, last)]
     assert np.abs(np.subtract(*pictures)).mean() < 8
 
 
 def test_the_slider_moves_where_someone_is_there_and_gives_a_picture_elsewhere(monkeypatch):
-    (slider,) = (re.search(r"def slider.*?\n\n\n", c.source, re.S)[0] for c in code(load("05_depth_extrapolation")) if "def slider" in c.source)
+    (slider,) = (re.search(r"def slider.*?\n\n\n", c.source, re.S)[0]
+                 for c in code(load("05_depth_extrapolation")) if "def slider" in c.source)
     drawn, shown, names = [], [], {"os": os, "sys": sys, "find_spec": lambda name: True}
     exec(slider, names)
-    monkeypatch.setattr("ipywidgets.interact", lambda draw, loop: shown.append((loop.value, loop.min, loop.max)))
+    monkeypatch.setattr("ipywidgets.interact", lambda draw,
+                        loop: shown.append((loop.value, loop.min, loop.max)))
     monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
     names["slider"](drawn.append, 3, 9)
     assert (drawn, shown) == ([3], [])

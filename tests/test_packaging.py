@@ -25,7 +25,8 @@ WORD = r"""-\S+|"[^"`]+"|'[^'`]+'|[\w.\[\]=<>+:/@~$(){},-]+"""
 
 
 def lines(file):
-    return [line.strip() for line in (ROOT / file).read_text(encoding="utf-8").splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    return [line.strip() for line in (ROOT / file).read_text(encoding="utf-8").splitlines()
+            if line.strip() and not line.lstrip().startswith("#")]
 
 
 def name(requirement):
@@ -132,10 +133,13 @@ def test_the_core_stays_thin():
         tree, text = ast.parse(code), code.splitlines()
         docs = set()
         for node in ast.walk(tree):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+            if isinstance(node, (ast.Module, ast.ClassDef,
+                                 ast.FunctionDef)) and ast.get_docstring(node):
                 docs.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-        counted = {i for i, line in enumerate(text, 1) if line.strip() and not line.strip().startswith("#")} - docs
-        functions += [len(counted & set(range(n.lineno, n.end_lineno + 1))) for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+        counted = ({i for i, line in enumerate(text, 1) if line.strip()
+                    and not line.strip().startswith("#")} - docs)
+        functions += [len(counted & set(range(n.lineno, n.end_lineno + 1)))
+                      for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
     assert statistics.median(functions) <= 12 and statistics.quantiles(functions, n=10)[-1] <= 32
 
 

@@ -27,7 +27,8 @@ def test_components_add_up_and_are_what_they_say():
     model = OpenMythos(tutorial_config("gqa"))
     parts = parameters_by_component(model)
     assert sum(parts.values()) == 462_274
-    assert parts["routed experts"] == 4 * 3 * 128 * 64 and parts["embedding = head"] == 256 * 128 and parts["router"] == 4 * 128
+    assert (parts["routed experts"] == 4 * 3 * 128 * 64 and parts["embedding = head"] == 256 * 128
+            and parts["router"] == 4 * 128)
     assert parts["loop LoRA"] == 8 * 128 * 2 + 8 * 8 and parts["shared experts"] == 3 * 128 * 128
     assert active_parameters(model) == 462_274 - 2 * 3 * 128 * 64
 
@@ -35,7 +36,8 @@ def test_components_add_up_and_are_what_they_say():
 def test_active_parameters_of_a_variant_on_the_meta_device():
     with torch.device("meta"):
         model = OpenMythos(VARIANTS["1B"])
-    assert active_parameters(model) == sum(p.numel() for p in model.parameters()) - 60 * 3 * 2048 * 2048
+    assert (active_parameters(model) == sum(p.numel() for p in model.parameters()) - 60 * 3 * 2048
+            * 2048)
 
 
 def test_cache_formula_knows_windows_and_token_shift():
@@ -58,16 +60,19 @@ def test_a_sweep_is_what_separate_passes_give(halting):
 
 
 def test_loops_needed():
-    correct = torch.tensor([[[0, 1, 0]], [[1, 0, 1]], [[1, 1, 0]], [[1, 1, 0]]], dtype=torch.bool)   # (4 loops, 1 string, 3 positions)
+    # (4 loops, 1 string, 3 positions)
+    correct = torch.tensor([[[0, 1, 0]], [[1, 0, 1]], [[1, 1, 0]], [[1, 1, 0]]], dtype=torch.bool)
     assert DepthSweep(correct, torch.arange(4)).loops_needed.tolist() == [[2, 3, 5]]
 
 
 def test_halting_map():
     model = OpenMythos(tiny())
     found = halting_map(model, IDS, 16)
-    assert found.probability.shape == found.weight.shape == (found.executed, 4, 9) and found.executed < 16
+    assert (found.probability.shape == found.weight.shape == (found.executed, 4, 9)
+            and found.executed < 16)
     cumulative = found.probability.cumsum(0)
-    assert torch.equal(found.stopped_at, 1 + (cumulative < 0.99).sum(0).clamp(max=found.executed - 1))
+    assert torch.equal(found.stopped_at, 1 + (cumulative < 0.99).sum(0).clamp(max=found.executed
+        - 1))
     assert torch.allclose(found.weight.sum(0), torch.ones(4, 9))
     with pytest.raises(ValueError, match="halting = 'none'"):
         halting_map(OpenMythos(tiny(halting="none")), IDS, 4)
@@ -79,7 +84,8 @@ def test_expert_load_counts_every_slot():
 
 
 def test_entropy_and_violation():
-    assert load_entropy(torch.full((2, 3, 4), 7)) == pytest.approx(1) and max_violation(torch.full((2, 3, 4), 7)) == 0
+    assert (load_entropy(torch.full((2, 3, 4), 7)) == pytest.approx(1)
+            and max_violation(torch.full((2, 3, 4), 7)) == 0)
     one = torch.tensor([12, 0, 0, 0])
     assert load_entropy(one) == 0 and max_violation(one) == 3
 
@@ -99,4 +105,5 @@ def test_norms():
     e = model.encode(IDS, ctx)
     h, _ = model.recurrent.step(e, e, 0, ctx)
     norms = state_norms(model, IDS, 5)
-    assert norms.shape == (5,) and norms[0].item() == pytest.approx(h.norm(dim=-1).mean().item(), rel=1e-5)
+    assert (norms.shape == (5,) and norms[0].item()
+            == pytest.approx(h.norm(dim=-1).mean().item(), rel=1e-5))

@@ -37,7 +37,8 @@ def spectrum():
 
 
 def reached():
-    rows = [row for row in study.load(study.RESULTS / "reach.json") if row["variant"] == "the recipe"]
+    rows = [row for row in study.load(study.RESULTS / "reach.json")
+            if row["variant"] == "the recipe"]
     assert len(rows) == 10
     return sum(row["whole"]["1024"] == 1.0 for row in rows)
 
@@ -50,7 +51,8 @@ def certificates():
     """Contexts of each shipped proof, by machine."""
     kept = {name: certificate(f"state-{name}") for name in ("Z5", "S3", "A5", "S5")}
     assert all(proof["proved"] for proof in kept.values())
-    return "Z5, S3, A5 and S5 proved for every length by {}, {}, {} and {} contexts".format(*(proof["contexts"] for proof in kept.values()))
+    return "Z5, S3, A5 and S5 proved for every length by {}, {}, {} and {} contexts".format(
+        *(proof["contexts"] for proof in kept.values()))
 
 
 def by_hand():
@@ -60,12 +62,14 @@ def by_hand():
 
 
 def proofs():
-    """Trainings that ended proved, of all that were run, by machine, with the median of their steps."""
+    """Trainings that ended proved, of all that were run, by machine, with the median of their
+    steps."""
     rows, said = study.load(study.RESULTS / "proofs.json"), []
     for name in ("parity", "Z5", "S3", "A5", "S5"):
         of = [row for row in rows if row["variant"] == f"proved {name}"]
         steps = median(row["steps"] for row in of if row["certificate"]["proved"])
-        said.append(f"{name} {sum(row['certificate']['proved'] for row in of)} of {len(of)} ({steps:.0f} steps)")
+        said.append(f"{name} {sum(row['certificate']['proved'] for row in of)} of {len(of)} "
+                    f"({steps:.0f} steps)")
     return ", ".join(said)
 
 
@@ -118,15 +122,18 @@ def test_the_readme_is_a_page_that_one_reads():
 
 
 def amount(value, unit):
-    return "" if value is None else f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+    return ("" if value is None else f"{value:,.0f} {unit}" if value >= 100
+            else f"{value:.3g} {unit}")
 
 
 def bench_line(row):
     """A row of figures/bench.json as a line of the table in docs/bench.md."""
-    reference, ours, floor = (amount(row[key], row["unit"]) for key in ("reference", "ours", "floor"))
+    reference, ours, floor = (amount(row[key], row["unit"])
+                              for key in ("reference", "ours", "floor"))
     spread = "" if row["low"] == row["high"] else f" ({row['low']:.2f} to {row['high']:.2f})"
     ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}{spread}"
-    bar = "" if row["bar"] is None else amount(row["bar"], row["unit"]) if row["ratio"] is None else f"{row['bar']:.2g}"
+    bar = ("" if row["bar"] is None else amount(row["bar"], row["unit"]) if row["ratio"] is None
+           else f"{row['bar']:.2g}")
     work = row["work"] + (f"; first calls {row['warm_up']:.0f} s" if row["warm_up"] else "")
     where = row["threads"] if row["device"] == "cpu" else row["device"]
     share = percent(row["floor"] / row["ours"]) if row["floor"] else ""
@@ -137,8 +144,10 @@ def bench_table():
     """What docs/bench.md quotes of figures/bench.json."""
     bench = figure("bench")
     machine = bench["machine"]
-    rates = ", ".join(f"{rate:.0f} GFLOP/s on {threads}" for threads, rate in machine["GFLOP_per_second"].items())
-    head = ["| work | threads | open-mythos | ours | ratio | bar | limit | share of it |", "|---|---|---|---|---|---|---|---|"]
+    rates = ", ".join(f"{rate:.0f} GFLOP/s on {threads}"
+                      for threads, rate in machine["GFLOP_per_second"].items())
+    head = ["| work | threads | open-mythos | ours | ratio | bar | limit | share of it |",
+            "|---|---|---|---|---|---|---|---|"]
     where = f"By `{machine['command']}` on {machine['cpu']}, {machine['threads']} threads ({rates}), torch {machine['torch']}:"
     return "\n".join([where, "", *head, *map(bench_line, bench["rows"])])
 
@@ -154,7 +163,8 @@ def test_bounds_in_prose_hold():
     assert max(figure("loops_article")["token_accuracy"]) < 0.60
     assert figure("depth_extrapolation")["whole_at_last_loop"]["1024"] == 1.0
     recipe = figure("training_recipe")
-    assert recipe["held_out_step"][-1] == 250 and min(seed[-1] for seed in recipe["whole_16_bits"]) == 1.0
+    assert (recipe["held_out_step"][-1] == 250 and min(seed[-1] for seed in recipe["whole_16_bits"])
+            == 1.0)
 
 
 def anchors(page):

@@ -53,7 +53,8 @@ CASES = dict(attn_type=st.sampled_from(["gqa", "mla"]), window=st.sampled_from([
 
 
 def settles_in_turn(model, ids) -> bool:
-    """Theorem 1: position i is the same bit for bit from loop i // stride + 1 on, from any start."""
+    """Theorem 1: position i is the same bit for bit from loop i // stride + 1 on, from any
+    start."""
     n, stride = ids.shape[1], model.config.stride
     started = [loop(model, ids, n + 3, start) for start in
                (None, 50 * torch.randn(*ids.shape, model.config.dim).to(model.embed.weight))]
@@ -65,7 +66,8 @@ def settles_in_turn(model, ids) -> bool:
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(deadline=None, max_examples=12)
 @given(**CASES, seq=st.sampled_from([1, 5, 20, 40]), experts=st.sampled_from([4, 64]))
-def test_a_position_is_the_same_from_its_own_loop_on_from_any_start(dtype, seed, seq, experts, **changes):
+def test_a_position_is_the_same_from_its_own_loop_on_from_any_start(
+        dtype, seed, seq, experts, **changes):
     model = strict_model(seed, dtype, n_experts=experts, expert_dim=64, **changes)
     assert settles_in_turn(model, strings(seed, seq=seq))
 
@@ -176,7 +178,7 @@ def test_settling_left_to_right_has_the_gradient_of_looping(seed, carry, **chang
         F.cross_entropy(model(ids, n_loops).flatten(0, 1), ids.flatten()).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()
                                     if p.grad is not None]))
-    loose = 100 if carry else 1                                  # a gradient rests later than the state
+    loose = 100 if carry else 1  # a gradient rests later than the state
     torch.testing.assert_close(*gradients, rtol=loose * 1e-6, atol=loose * 1e-9)
 
 

@@ -23,7 +23,8 @@ def defined(notebook):
     """What a notebook imports and defines, none of it run."""
     space = {}
     for cell in nbformat.read(notebook, 4).cells:
-        if cell.cell_type == "code" and cell.source.startswith(("import", "def", "class", "@", "RULES", "ARITHMETICS")):
+        if cell.cell_type == "code" and cell.source.startswith(("import", "def", "class", "@",
+            "RULES", "ARITHMETICS")):
             exec(cell.source, space)
     return SimpleNamespace(**space)
 
@@ -33,12 +34,15 @@ measures = defined(Path(__file__).parent.parent / "mythos_core" / "study.ipynb")
 
 def test_a_variant_changes_what_it_says_and_nothing_else():
     recipe = get_recipe("parity-carrying")
-    assert study.variant("the recipe") == recipe and study.variant("the scan") == get_recipe("parity-scan")
+    assert (study.variant("the recipe") == recipe and study.variant("the scan")
+            == get_recipe("parity-scan"))
     article = get_recipe("parity-seed")
-    assert study.variant("the article's recipe") == replace(article, config=replace(article.config, max_seq_len=4096))
-    last = replace(study.variant("+ mixed strings"), name=recipe.name, spare_loops=recipe.spare_loops)
+    assert (study.variant("the article's recipe")
+            == replace(article, config=replace(article.config, max_seq_len=4096)))
+    last = replace(study.variant("+ mixed strings"), name=recipe.name,
+                   spare_loops=recipe.spare_loops)
     last = replace(last, config=replace(last.config, vocab_size=4, loop_noise=0.3, start_noise=4.0))
-    assert last == recipe                                      # the steps lead from the article's recipe to ours
+    assert last == recipe  # the steps lead from the article's recipe to ours
     assert study.variant("window 8") == replace(recipe, config=replace(recipe.config, window=8))
     assert study.variant("8 loops always") == replace(recipe, loops=(8, 8))
     for name in study.VARIANTS:
@@ -65,30 +69,38 @@ def test_whole_strings_counts_strings_that_are_right_everywhere():
         def decode(self, output, ctx):
             wrong = torch.zeros_like(self.ids)
             wrong[0, -1] = 1
-            return torch.nn.functional.one_hot(torch.where(wrong == 1, 3 - answers(self.ids), answers(self.ids)), 4).float()
+            return torch.nn.functional.one_hot(torch.where(wrong == 1, 3 - answers(self.ids),
+                                                           answers(self.ids)), 4).float()
 
         def forward(self, ids, *args, **kwargs):
             self.ids = ids
             return super().forward(ids, *args, **kwargs)
 
-    assert study.whole_strings(Oracle(get_recipe("parity-carrying").config), 20, 5, strings=4) == 3 / 4
+    assert (study.whole_strings(Oracle(get_recipe("parity-carrying").config), 20, 5, strings=4) == 3
+            / 4)
 
 
-@pytest.fixture(params=["proofs", "machines", "far", "reach", "ablations", "exits", "experts", "generation", "states", "gru", "pace"])
+@pytest.fixture(params=["proofs", "machines", "far", "reach", "ablations", "exits", "experts",
+                        "generation", "states", "gru", "pace"])
 def committed(request):
     return study.load(study.RESULTS / f"{request.param}.json")
 
 
-GONE = {"name", "halting_loss"}  # a recipe's name says nothing of what it does; the other field had one value in all rows that are left
+# a recipe's name says nothing of what it does; the other field had one value in all rows that are
+# left
+GONE = {"name", "halting_loss"}
 
 
 def as_kept(recipe, kept):
-    """What was `kept` of a recipe, and the recipe as JSON, without fields that are newer than that, if they are at their defaults."""
-    now, default = (json.loads(json.dumps(r.as_dict())) for r in (recipe, Recipe(recipe.name, MythosConfig())))
+    """What was `kept` of a recipe, and the recipe as JSON, without fields that are newer than that,
+    if they are at their defaults."""
+    now, default = (json.loads(json.dumps(r.as_dict()))
+                    for r in (recipe, Recipe(recipe.name, MythosConfig())))
     config = now.pop("config")
     kept_config = kept["config"] if isinstance(kept["config"], dict) else config
     shorter = {k: v for k, v in now.items() if k not in GONE and (k in kept or v != default[k])}
-    shorter["config"] = {k: v for k, v in config.items() if k in kept_config or v != default["config"][k]}
+    shorter["config"] = {k: v for k, v in config.items() if k in kept_config
+                         or v != default["config"][k]}
     return {k: v for k, v in kept.items() if k not in GONE}, shorter
 
 
@@ -97,20 +109,24 @@ def test_committed_rows_are_of_the_recipes_there_are(committed):
     for row in committed:
         kept, now = as_kept(study.variant(row["variant"]), row["recipe"])
         assert kept == now, row["variant"]
-        if "mythos_core.study" in row["command"]:                # rows of before mythos_core.batch ran the study
+        if "mythos_core.study" in row["command"]:  # rows of before mythos_core.batch ran the study
             assert f"--variant '{row['variant']}' --seeds {row['seed']}" in row["command"]
         else:
-            assert {f'variant="{row["variant"]}"', f"seed={row['seed']}"} <= set(shlex.split(row["command"]))
+            assert ({f'variant="{row["variant"]}"', f"seed={row['seed']}"}
+                    <= set(shlex.split(row["command"])))
         assert len(row["commit"]) == 40 and {"python", "torch", "numpy"} == set(row["versions"])
-    assert len({(row["variant"], row["seed"], row.get("arithmetic")) for row in committed}) == len(committed)
+    assert (len({(row["variant"], row["seed"], row.get("arithmetic")) for row in committed})
+            == len(committed))
 
 
 def test_every_proof_that_was_tried_is_kept_and_none_is_contradicted():
-    """The trainings of parity and the groups, under each arithmetic: seeds from 0 on without a gap."""
+    """The trainings of parity and the groups, under each arithmetic: seeds from 0 on without a
+    gap."""
     rows, seeds = study.load(study.RESULTS / "proofs.json"), {}
     for row in rows:
         seeds.setdefault((row["variant"], row["arithmetic"]), []).append(row["seed"])
-        assert row["certificate"]["proved"] and row["certificate"]["wrong"] == 0 and row["same_machine"]
+        assert (row["certificate"]["proved"] and row["certificate"]["wrong"] == 0
+                and row["same_machine"])
         assert all(of["whole"] == of["strings"] > 0 for of in row["answered"].values())
     assert all(found == list(range(len(found))) for found in seeds.values())
     assert {name for name, _ in seeds} == set(study.MEASURED["proofs"])
@@ -133,7 +149,8 @@ def test_all_machines_that_were_tried_are_kept_and_no_proof_is_contradicted():
 
 def test_a_string_of_a_million_elements_was_right_from_a_cache_that_does_not_grow():
     (row,) = study.load(study.RESULTS / "far.json")
-    assert {int(length): (of["strings"], of["whole"]) for length, of in row["far"].items()} == {65_536: (2, 2), 1_000_000: (1, 1)}
+    assert ({int(length): (of["strings"], of["whole"]) for length, of in row["far"].items()}
+            == {65_536: (2, 2), 1_000_000: (1, 1)})
     assert {of["cache_bytes"] // of["strings"] for of in row["far"].values()} == {256}
 
 
@@ -153,9 +170,12 @@ def median_seed(rows, value):
 
 
 def test_the_shipped_models_are_the_median_seeds():
-    rows = {"parity-carrying": [row for row in study.load(study.RESULTS / "reach.json") if row["variant"] == "the recipe"],
-            "parity-seed": [row for row in study.load(study.RESULTS / "ablations.json") if row["variant"] == "the article's recipe"]}
-    values = {"parity-carrying": lambda row: row["needed"]["256"]["random"], "parity-seed": lambda row: row["executed"]}
+    rows = {"parity-carrying": [row for row in study.load(study.RESULTS / "reach.json")
+                                if row["variant"] == "the recipe"],
+            "parity-seed": [row for row in study.load(study.RESULTS / "ablations.json")
+                            if row["variant"] == "the article's recipe"]}
+    values = {"parity-carrying": lambda row: row["needed"]["256"]["random"],
+              "parity-seed": lambda row: row["executed"]}
     for name in rows:
         config = (PRETRAINED / name / "config.json").read_text(encoding="utf-8")
         about = json.loads(config)["provenance"]
@@ -168,10 +188,12 @@ def test_the_shipped_model_does_what_its_committed_row_says():
     model = OpenMythos.from_pretrained("parity-carrying")
     config = (PRETRAINED / "parity-carrying" / "config.json").read_text(encoding="utf-8")
     seed = json.loads(config)["provenance"]["seed"]
-    (row,) = [row for row in study.load(study.RESULTS / "reach.json") if row["variant"] == "the recipe" and row["seed"] == seed]
+    (row,) = [row for row in study.load(study.RESULTS / "reach.json")
+              if row["variant"] == "the recipe" and row["seed"] == seed]
     for length in (16, 64, 256):
         ids = make_batch(16, length, torch.Generator().manual_seed(length))[0]
-        needed = depth_sweep(model, ids, answers(ids), length).loops_needed.amax(1).float().mean().item()
+        needed = depth_sweep(model, ids, answers(ids),
+                             length).loops_needed.amax(1).float().mean().item()
         assert needed == pytest.approx(row["needed"][str(length)]["random"], rel=0.02)
 
 
@@ -196,14 +218,16 @@ def test_states_row_is_what_a_model_that_looks_at_every_letter_gets_right():
     assert row["moves"] == 36 and row["moves_wrong"] == 1 and row["needed"] == {}
     for length in ("16", "64", "256"):
         places = [int(length) if at is None else at for at in row["first_wrong"][length]]
-        assert row["token"][length] == pytest.approx(sum(places) / 32 / int(length)) and row["whole"][length] == places.count(int(length)) / 32
+        assert (row["token"][length] == pytest.approx(sum(places) / 32 / int(length))
+                and row["whole"][length] == places.count(int(length)) / 32)
         assert row["structured"][length]["all zeros"]            # the identity throughout
 
 
 def test_a_gru_has_the_parameters_of_the_model_it_is_compared_with_and_learns():
     recipe = replace(study.variant("Z2"), steps=150)
     run = measures.train_gru(recipe, 0)
-    of_gru, of_model = (sum(p.numel() for p in m.parameters()) for m in (run.model, OpenMythos(recipe.config)))
+    of_gru, of_model = (sum(p.numel() for p in m.parameters())
+                        for m in (run.model, OpenMythos(recipe.config)))
     assert 0.97 < of_gru / of_model <= 1
     ids, targets = recipe.make_batch(64, 12, torch.Generator().manual_seed(0))
     assert (run.model(ids).argmax(-1) == targets).float().mean() > 0.9
@@ -219,15 +243,17 @@ def test_the_measures_name_the_variants_there_are():
 
 def test_every_variant_was_run_with_five_seeds_and_none_left_out():
     rows = study.load(study.RESULTS / "ablations.json")
-    seeds = {name: [row["seed"] for row in rows if row["variant"] == name] for name in study.MEASURED["ablations"]}
+    seeds = {name: [row["seed"] for row in rows if row["variant"] == name]
+             for name in study.MEASURED["ablations"]}
     assert all(found == list(range(5)) for found in seeds.values()), seeds
 
 
 @pytest.mark.parametrize("measure", ["exits", "experts", "generation", "states", "gru"])
 def test_every_comparison_has_five_seeds_and_none_left_out(measure):
     rows = study.load(study.RESULTS / f"{measure}.json")
-    assert [(row["variant"], row["seed"]) for row in rows] == [(name, seed) for name in sorted(study.MEASURED[measure], key=list(study.VARIANTS).index)
-                                                              for seed in range(5)]
+    assert ([(row["variant"], row["seed"]) for row in rows] == [(name, seed)
+        for name in sorted(study.MEASURED[measure], key=list(study.VARIANTS).index)
+        for seed in range(5)])
 
 
 def test_the_median_training_was_whole_at_16_bits_within_20_seconds_and_done_within_45():
@@ -260,15 +286,18 @@ def test_signals_and_points_are_what_a_plain_look_gives():
     seen, logits = measures.signals(model, ids, 6), [model(ids, n + 1) for n in range(6)]
     h = []
     model(ids, 6, observer=lambda record: h.append(record.h))
-    assert seen["KL"][0].isinf().all()                           # nothing to compare with yet: no reason to stop
+    assert seen["KL"][0].isinf().all()  # nothing to compare with yet: no reason to stop
     for t in range(1, 6):
         answer = [x.argmax(-1) for x in logits[:t + 1]]
         assert torch.equal(seen["right"][t], answer[t] == answers(ids))
-        same = torch.tensor([[next((k for k in range(t) if answer[t - k][b, s] != answer[t - k - 1][b, s]), t) for s in range(8)] for b in range(3)])
+        same = torch.tensor(
+            [[next((k for k in range(t) if answer[t - k][b, s] != answer[t - k - 1][b, s]), t)
+              for s in range(8)] for b in range(3)])
         assert torch.equal(seen["same"][t].long(), same)
         q, before = logits[t].log_softmax(-1), logits[t - 1].log_softmax(-1)
         assert torch.allclose(seen["KL"][t], (q.exp() * (q - before)).sum(-1), atol=1e-5)
-        assert torch.allclose(seen["change"][t], (h[t] - h[t - 1]).norm(dim=-1) / h[t].norm(dim=-1), atol=1e-5)
+        assert torch.allclose(seen["change"][t], (h[t] - h[t - 1]).norm(dim=-1) / h[t].norm(dim=-1),
+                              atol=1e-5)
     points = measures.exit_points(seen)
     fixed = [p for p in points if p["rule"] == "fixed"]
     assert [p["loops"] for p in fixed] == [1, 2, 3, 4, 5, 6]
@@ -276,7 +305,9 @@ def test_signals_and_points_are_what_a_plain_look_gives():
     (point,) = [p for p in points if p["rule"] == "same" and p["setting"] == 2 and p["prefix"]]
     at = measures.exits(seen["same"] >= 2, True)
     assert point["loops"] == pytest.approx((at + 1).float().mean().item())
-    assert point["token"] == pytest.approx(torch.stack([seen["right"][at[b, s], b, s] for b in range(3) for s in range(8)]).float().mean().item())
+    assert (point["token"]
+            == pytest.approx(torch.stack([seen["right"][at[b, s], b, s] for b in range(3)
+                                          for s in range(8)]).float().mean().item()))
 
 
 def test_continuations_are_counted_whole():

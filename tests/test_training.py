@@ -35,7 +35,8 @@ SHORT = replace(get_recipe("parity-carrying"), steps=12)
 
 
 def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a.model.state_dict().values(), b.model.state_dict().values()))
+    return all(torch.equal(x, y) for x, y in zip(a.model.state_dict().values(),
+                                                 b.model.state_dict().values()))
 
 
 @pytest.fixture
@@ -57,7 +58,8 @@ def at_step(monkeypatch):
 
 def test_same_seed_same_bits_and_torch_s_own_generator_untouched():
     before = torch.get_rng_state()
-    a, b, c = train(SHORT, 3, progress=False), train(SHORT, 3, progress=False), train(SHORT, 4, progress=False)
+    a, b, c = (train(SHORT, 3, progress=False), train(SHORT, 3, progress=False),
+               train(SHORT, 4, progress=False))
     assert same(a, b) and not same(a, c)
     assert [row["loss"] for row in a.history] == [row["loss"] for row in b.history]
     assert torch.equal(before, torch.get_rng_state())
@@ -79,15 +81,18 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, at_step, often, n
     resumed = train(SHORT, 1, progress=False, out=tmp_path, resume=True)
     assert same(whole, resumed)
     assert [row["loss"] for row in whole.history] == [row["loss"] for row in resumed.history]
-    assert torch.equal(OpenMythos.from_pretrained(tmp_path)(torch.ones(1, 3, dtype=torch.int64)), resumed.model(torch.ones(1, 3, dtype=torch.int64)))
+    assert torch.equal(OpenMythos.from_pretrained(tmp_path)(torch.ones(1, 3, dtype=torch.int64)),
+                       resumed.model(torch.ones(1, 3, dtype=torch.int64)))
 
 
-def test_a_loss_that_is_not_finite_stops_with_its_step_and_keeps_the_last_good_checkpoint(tmp_path, at_step, often):
-    at_step(7, lambda: float("inf"))                         # which makes the weights of step 8 infinite
+def test_a_loss_that_is_not_finite_stops_with_its_step_and_keeps_the_last_good_checkpoint(
+        tmp_path, at_step, often):
+    at_step(7, lambda: float("inf"))  # which makes the weights of step 8 infinite
     with pytest.raises(FloatingPointError, match="step 8 of recipe parity-carrying"):
         train(SHORT, 0, progress=False, out=tmp_path)
     at_step(None, None)
-    assert same(train(SHORT, 0, progress=False, out=tmp_path, resume=True), train(SHORT, 0, progress=False))
+    assert same(train(SHORT, 0, progress=False, out=tmp_path, resume=True),
+                train(SHORT, 0, progress=False))
 
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path):
@@ -130,47 +135,57 @@ def test_an_out_that_cannot_be_a_folder_is_refused_before_the_first_step(tmp_pat
 
 
 def test_runs_in_processes_are_the_runs_alone():
-    jobs = [(replace(SHORT, steps=3), 0), (replace(SHORT, steps=2), 1), (replace(SHORT, steps=2), 1)]
+    jobs = [(replace(SHORT, steps=3), 0), (replace(SHORT, steps=2), 1),
+            (replace(SHORT, steps=2), 1)]
     runs = train_all(jobs, progress=False)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for (recipe, seed), run in zip(jobs, runs):
-        assert (run.recipe, run.seed) == (recipe, seed) and same(run, train(recipe, seed, progress=False))
+        assert ((run.recipe, run.seed) == (recipe, seed)
+                and same(run, train(recipe, seed, progress=False)))
     torch.set_num_threads(threads)
     with pytest.raises(ValueError, match="recipe = 'parity'"):
         train_all([("parity", 0)], progress=False)
 
 
 def test_an_unknown_recipe_lists_those_there_are():
-    with pytest.raises(ValueError, match=r"'parity-carrying', 'parity-extrapolating', 'parity-scan', 'parity-seed', 'state-A5', "):
+    with pytest.raises(ValueError, match=r"'parity-carrying', 'parity-extrapolating', "
+                       r"'parity-scan', 'parity-seed', 'state-A5', "):
         train("parity", progress=False)
 
 
 def test_schedule_and_draws():
     recipe = get_recipe("parity-carrying")
     rates = [learning_rate(recipe, step) for step in range(recipe.steps)]
-    assert rates[0] == pytest.approx(recipe.lr / 50) and rates[119] == recipe.lr and rates[-1] < 0.02 * recipe.lr
+    assert (rates[0] == pytest.approx(recipe.lr / 50) and rates[119] == recipe.lr
+            and rates[-1] < 0.02 * recipe.lr)
     for step in (0, 60, 120, 149, 150, 599):
         cap = min(16, max(3, int(3 + step / 150 * 16)))
         lengths, loops = zip(*(draw(recipe, step) for _ in range(600)))
-        assert (min(lengths), max(lengths)) == (min(9, cap), cap) and (min(loops), max(loops)) == (1, 16)
+        assert ((min(lengths), max(lengths)) == (min(9, cap), cap)
+                and (min(loops), max(loops)) == (1, 16))
     tied = [draw(replace(recipe, spare_loops=4, lengths=(2, 16)), 599) for _ in range(600)]
     assert all(t <= min(16, length + 4) for length, t in tied) and (2, 6) in tied
     assert {draw(get_recipe("parity-seed"), 0) for _ in range(9)} == {(24, 3)}
 
 
-@pytest.mark.parametrize("growth, reach, loops, scored", [(1, 1.0, 3, 3), (1, 1.5, 3, 4), (2, 1.0, 3, 7), (1, None, 3, 10), (2, 1.0, 9, 10)])
+@pytest.mark.parametrize("growth, reach, loops, scored",
+                         [(1, 1.0, 3, 3), (1, 1.5, 3, 4), (2, 1.0, 3, 7), (1, None, 3, 10),
+                          (2, 1.0, 9, 10)])
 def test_the_loss_sees_only_what_the_loops_reach(growth, reach, loops, scored, monkeypatch):
     seen = []
-    monkeypatch.setattr(F, "cross_entropy", lambda logits, targets: seen.append(len(logits)) or (logits * 0).sum())
+    monkeypatch.setattr(F, "cross_entropy", lambda logits, targets: seen.append(len(logits))
+                        or (logits * 0).sum())
     config = replace(SHORT.config, shift_growth=growth)
-    train(replace(SHORT, steps=1, batch=2, lengths=(10, 10), curriculum=0.0, loops=(loops, loops), reach=reach, config=config), progress=False)
+    train(replace(SHORT, steps=1, batch=2, lengths=(10, 10), curriculum=0.0, loops=(loops, loops),
+                  reach=reach, config=config), progress=False)
     assert seen == [2 * scored]
 
 
 def test_the_articles_recipe_is_the_articles():
     recipe = get_recipe("parity-seed")
-    assert recipe == Recipe("parity-seed", parity_config(), steps=600, batch=64, lr=3e-4, lengths=(24, 24), loops=(3, 3))
+    assert (recipe == Recipe("parity-seed", parity_config(), steps=600, batch=64, lr=3e-4,
+                             lengths=(24, 24), loops=(3, 3)))
 
 
 def test_balance_is_part_of_a_step():
@@ -191,13 +206,15 @@ def test_the_shipped_model_extrapolates(length, n_loops):
 def test_the_shipped_models_reach_what_their_provenance_says(name):
     config = (PRETRAINED / name / "config.json").read_text(encoding="utf-8")
     metrics = json.loads(config)["provenance"]["metrics"]
-    assert held_out(OpenMythos.from_pretrained(name), get_recipe(name)) == pytest.approx(metrics["held_out"], abs=0.01)
+    assert (held_out(OpenMythos.from_pretrained(name), get_recipe(name))
+            == pytest.approx(metrics["held_out"], abs=0.01))
 
 
 def test_command_line(tmp_path, capsys):
     main(["--recipe", "parity-carrying", "--seed", "5", "--steps", "3", "--out", str(tmp_path)])
     assert "seed 5: loss" in capsys.readouterr().out
-    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["provenance"]["seed"] == 5
+    assert (json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["provenance"]["seed"]
+            == 5)
     assert len(json.loads((tmp_path / "history.json").read_text(encoding="utf-8"))) == 3
     with pytest.raises(SystemExit) as stop:
         main(["--recipe", "none", "--out", str(tmp_path)])
@@ -222,19 +239,25 @@ def test_the_command_saves_when_it_is_told_to_stop(tmp_path, capsys, at_step):
 
 
 def test_the_ponder_cost_is_the_loops_taken_and_the_weight_of_the_last():
-    weight = torch.tensor([[0.2, 1.0, 0.5], [0.8, 0.0, 0.25], [0.0, 0.0, 0.25]])[:, None].requires_grad_()   # (T, 1, S): stop after 2, 1, 3
+    # (T, 1, S): stop after 2, 1, 3
+    weight = torch.tensor([[0.2, 1.0, 0.5], [0.8, 0.0, 0.25], [0.0, 0.0, 0.25]])[:,
+        None].requires_grad_()
     cost = ponder(weight)
     assert cost.item() == pytest.approx((2.8 + 2.0 + 3.25) / 3)
     cost.backward()
-    assert torch.equal(weight.grad[:, 0] > 0, torch.tensor([[False, True, False], [True, False, False], [False, False, True]]))
+    assert torch.equal(weight.grad[:, 0] > 0,
+                       torch.tensor([[False, True, False], [True, False, False],
+                                     [False, False, True]]))
 
 
 @pytest.mark.parametrize("changes", [dict(ponder_cost=0.01), dict(balance_loss=0.01)])
 def test_every_loss_trains(changes):
     recipe = get_recipe("parity-carrying")
-    inner = {"halting": "act_remainder", "halt_bias": -3.0, "min_loops": 3} if "ponder_cost" in changes else {}
+    inner = ({"halting": "act_remainder", "halt_bias": -3.0, "min_loops": 3}
+             if "ponder_cost" in changes else {})
     inner |= {k: v for k, v in changes.items() if k == "balance_loss"}
-    recipe = replace(recipe, steps=6, config=replace(recipe.config, **inner), **{k: v for k, v in changes.items() if k != "balance_loss"})
+    recipe = replace(recipe, steps=6, config=replace(recipe.config, **inner),
+                     **{k: v for k, v in changes.items() if k != "balance_loss"})
     plain = replace(recipe, ponder_cost=0.0, config=replace(recipe.config, balance_loss=0.0))
     a, b = (train(r, 3, progress=False) for r in (recipe, plain))
     assert not torch.equal(a.model.embed.weight, b.model.embed.weight)
@@ -250,18 +273,24 @@ def proved(tmp_path_factory):
 def test_a_machines_training_ends_when_it_is_proved_for_real(proved):
     run, out = proved
     assert run.certificate.proved and run.certificate.machine == machine("parity").minimal()
-    assert run.certificate.model is run.model and len(run.model.recurrent.codes) == len(run.certificate.codes)
+    assert (run.certificate.model is run.model and len(run.model.recurrent.codes)
+            == len(run.certificate.codes))
     begin, end = fall(run.history)
-    assert len(run.history) == end < run.recipe.steps and run.history[begin - 1]["proved"] and run.history[-1]["proved"]
-    assert all("proved" not in row for row in run.history[begin:-1])        # nothing is tried while the rate falls
+    assert (len(run.history) == end < run.recipe.steps and run.history[begin - 1]["proved"]
+            and run.history[-1]["proved"])
+    # nothing is tried while the rate falls
+    assert all("proved" not in row for row in run.history[begin:-1])
     again = OpenMythos.from_pretrained(out)
     assert certify(again, machine("parity")).proved
-    assert json.loads((out / "certificate.json").read_text(encoding="utf-8")) == run.certificate.summary()
+    assert (json.loads((out / "certificate.json").read_text(encoding="utf-8"))
+            == run.certificate.summary())
     about = json.loads((out / "config.json").read_text(encoding="utf-8"))["provenance"]
-    assert about["metrics"]["steps"] == end and Machine.from_table([[0, 1], [1, 0]]) == machine("parity")
+    assert (about["metrics"]["steps"] == end and Machine.from_table([[0, 1], [1, 0]])
+            == machine("parity"))
 
 
-def test_a_proved_training_that_was_interrupted_goes_on_to_the_same_bits(proved, tmp_path, at_step, often):
+def test_a_proved_training_that_was_interrupted_goes_on_to_the_same_bits(
+        proved, tmp_path, at_step, often):
     run, _ = proved
     at_step(fall(run.history)[0] + 7, interrupt)                            # within the fall
     with pytest.raises(KeyboardInterrupt):
@@ -273,7 +302,8 @@ def test_a_proved_training_that_was_interrupted_goes_on_to_the_same_bits(proved,
 
 def test_a_training_that_ends_unproved_is_an_error_that_says_what_failed(tmp_path, capsys):
     recipe = replace(get_recipe("parity-extrapolating"), steps=3)
-    with pytest.raises(NotProved, match=r"parity-extrapolating, seed 0: not proved in 3 steps: a string of \d+ elements? is answered wrong"):
+    with pytest.raises(NotProved, match=r"parity-extrapolating, seed 0: not proved in 3 steps: a "
+                       r"string of \d+ elements? is answered wrong"):
         train(recipe, 0, progress=False, out=tmp_path)
     assert not (tmp_path / "model.safetensors").exists() and (tmp_path / "checkpoint.pt").exists()
     with pytest.raises(SystemExit) as stop:
@@ -284,7 +314,8 @@ def test_a_training_that_ends_unproved_is_an_error_that_says_what_failed(tmp_pat
 def rows(*proofs, steps=40):
     """A history in which proofs were tried after the steps named, with their outcome."""
     tried = dict(proofs)
-    return [{"step": i} | ({"proved": tried[i + 1]} if i + 1 in tried else {}) for i in range(steps)]
+    return [{"step": i} | ({"proved": tried[i + 1]} if i + 1 in tried else {})
+            for i in range(steps)]
 
 
 def test_the_rate_falls_from_a_proof_for_as_many_steps_and_again_if_the_proof_is_lost(monkeypatch):
@@ -293,17 +324,22 @@ def test_the_rate_falls_from_a_proof_for_as_many_steps_and_again_if_the_proof_is
     assert fall(rows((10, False), (20, True))) == (20, 40) and fall(rows((2, True))) == (2, 7)
     assert fall(rows((10, True), (20, False), (25, True))) == (25, 50)
     recipe = replace(get_recipe("parity-extrapolating"), steps=99)
-    assert [learning_rate(recipe, step, (40, 60)) / recipe.lr for step in (39, 40, 50, 59, 60)] == pytest.approx([1, 1, 0.525, 0.0975, 1])
+    assert ([learning_rate(recipe, step, (40, 60)) / recipe.lr for step in (39, 40, 50, 59, 60)]
+            == pytest.approx([1, 1, 0.525, 0.0975, 1]))
     model = OpenMythos(recipe.config)
-    done, lost = (Run(recipe, 0, model, rows((10, True), (20, last), steps=20)) for last in (True, False))
-    assert finished(done) and not finished(lost) and not finished(Run(recipe, 0, model, rows((10, True), steps=19)))
+    done, lost = (Run(recipe, 0, model, rows((10, True), (20, last), steps=20))
+                  for last in (True, False))
+    assert (finished(done) and not finished(lost)
+            and not finished(Run(recipe, 0, model, rows((10, True), steps=19))))
 
 
 def test_the_center_loss_is_the_spread_of_states_that_mean_the_same():
-    h, states = torch.randn(3, 4, 5, dtype=torch.float64), torch.tensor([[0, 1, 0, 7], [1, 1, 7, 0], [0, 0, 1, 7]])
+    h, states = (torch.randn(3, 4, 5, dtype=torch.float64),
+                 torch.tensor([[0, 1, 0, 7], [1, 1, 7, 0], [0, 0, 1, 7]]))
     spread = sum((h[states == s] - h[states == s].mean(0)).square().sum() for s in (0, 1, 7))
     assert center_loss(h, states).item() == pytest.approx((spread / h.square().sum()).item())
-    assert center_loss(means_by(h.flatten(0, 1), states.flatten()).view_as(h), states).item() == pytest.approx(0, abs=1e-12)
+    assert (center_loss(means_by(h.flatten(0, 1), states.flatten()).view_as(h), states).item()
+            == pytest.approx(0, abs=1e-12))
 
 
 def test_a_regular_expression_becomes_a_proved_model_at_the_command_line(tmp_path, capsys):
@@ -345,5 +381,8 @@ def test_rare_moves_weigh_as_much_as_common_ones():
 def test_any_machine_has_a_recipe():
     of = Machine.from_table([[1, 2, 0], [0, 2, 2], [2, 1, 0]], name="mine")
     recipe = recipe_for(of, steps=7, **{"config.window": 2})
-    assert (recipe.name, recipe.machine, recipe.steps, recipe.config.window, recipe.config.vocab_size) == ("mine", of, 7, 2, 4)
-    assert recipe.lengths[1] <= 16 and json.loads(json.dumps(recipe.as_dict()))["machine"]["next_state"] == [[1, 2, 0], [0, 2, 2], [2, 1, 0]]
+    assert ((recipe.name, recipe.machine, recipe.steps, recipe.config.window,
+             recipe.config.vocab_size) == ("mine", of, 7, 2, 4))
+    assert (recipe.lengths[1] <= 16
+            and json.loads(json.dumps(recipe.as_dict()))["machine"]["next_state"]
+            == [[1, 2, 0], [0, 2, 2], [2, 1, 0]])

@@ -33,7 +33,8 @@ PAGES = {path.name: "index" if path.stem == "README" else path.stem for path in 
 
 
 class Renderer(IPythonRenderer):
-    """Markdown whose TeX becomes MathML (an error if it is no TeX), and whose pictures from elsewhere, the badges, become words."""
+    """Markdown whose TeX becomes MathML (an error if it is no TeX), and whose pictures from
+    elsewhere, the badges, become words."""
     tex = LatexToMathML()
 
     def inline_math(self, body):
@@ -72,10 +73,13 @@ def markdown2html(source):
 
 
 def name_pictures(notebook):
-    """Give every picture without words the alternative text of the figure that is saved next, and the last one before the saving its file."""
+    """Give every picture without words the alternative text of the figure that is saved next, and
+    the last one before the saving its file."""
     pictures = []
     for cell in notebook.cells:
-        pictures += [output for output in cell.get("outputs", []) if "image/png" in output.get("data", {}) and "image/png" not in output.metadata]
+        pictures += [output for output in cell.get("outputs", [])
+                     if "image/png" in output.get("data", {})
+                     and "image/png" not in output.metadata]
         if pictures and (saved := re.search(r'figures\.save\(\s*\w+,\s*"(\w+)"', cell.source)):
             for picture in pictures:
                 numbers = (ROOT / "figures" / f"{saved[1]}.json").read_text(encoding="utf-8")
@@ -101,7 +105,8 @@ def words(text):
 def describe(name, notebook):
     """A page's title and its description for search engines: the question, or the opening."""
     text = notebook.cells[0].source
-    opening = re.search(r"\*\*Question\.\*\*(.*?)\n\n", text, re.S) or re.search(r"\n\n(.*?)\n\n", text, re.S)
+    opening = (re.search(r"\*\*Question\.\*\*(.*?)\n\n", text, re.S)
+               or re.search(r"\n\n(.*?)\n\n", text, re.S))
     return {"name": name, "title": re.match(r"# (.*)", text)[1], "description": words(opening[1])}
 
 
@@ -110,19 +115,25 @@ def main(out):
     pages = [describe(name, notebook) for name, notebook in notebooks.items()]
     exporter = HTMLExporter(template_name="template", extra_template_basedirs=[str(HERE)], filters={"markdown2html": markdown2html},
                             preprocessors=[CoalesceStreamsPreprocessor], exclude_input_prompt=True, exclude_output_prompt=True,
-                            config=Config(NbConvertBase={"display_data_priority": ["text/html", "image/png", "text/plain"]}))   # a widget needs a kernel
+                            # a widget needs a kernel
+                            config=Config(NbConvertBase={"display_data_priority": ["text/html", "image/png", "text/plain"]}))
     shutil.rmtree(out, ignore_errors=True)
-    shutil.copytree(ROOT / "figures", out / "figures", ignore=shutil.ignore_patterns("*.json", "*.py", "__pycache__"))
+    shutil.copytree(ROOT / "figures", out / "figures",
+                    ignore=shutil.ignore_patterns("*.json", "*.py", "__pycache__"))
     shutil.copy(HERE / "style.css", out)
     for before, page, after in zip([None, *pages], pages, [*pages[1:], None]):
         notebook = notebooks[page["name"]]
         name_pictures(notebook)
-        html, _ = exporter.from_notebook_node(notebook, {"site": pages[0], "page": page, "before": before, "after": after, "repository": REPOSITORY})
+        html, _ = exporter.from_notebook_node(notebook,
+                                              {"site": pages[0], "page": page, "before": before,
+                                               "after": after, "repository": REPOSITORY})
         (out / f"{page['name']}.html").write_text(html, encoding="utf-8")
     pdoc.render.configure(docformat="google", search=False, show_source=False)
     modules = pkgutil.iter_modules(mythos_core.__path__, "mythos_core.")
     pdoc.pdoc("mythos_core", *(module.name for module in modules), output_directory=out / "api")
-    print(f"{len(pages)} pages in {out}, {sum(path.stat().st_size for path in out.rglob('*') if path.is_file()) / 2**20:.1f} MB")
+    print(f"{len(pages)} pages in {out}, "
+          f"{sum(path.stat().st_size for path in out.rglob('*') if path.is_file()) / 2**20:.1f} "
+          "MB")
 
 
 if __name__ == "__main__":

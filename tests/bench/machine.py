@@ -33,7 +33,8 @@ def seconds(work) -> float:
 
 @cache
 def matrix_rate(device, threads) -> float:
-    """Operations a second of square float32 products, the best of five at the best of four sizes. `threads` is what torch now has."""
+    """Operations a second of square float32 products, the best of five at the best of four sizes.
+    `threads` is what torch now has."""
     def rate(n):
         a, b = torch.randn(2, n, n, device=device)
         return 2 * n ** 3 / best(lambda: a @ b, device)
@@ -42,7 +43,8 @@ def matrix_rate(device, threads) -> float:
 
 @cache
 def copy_rate(device, threads, size) -> float:
-    """Bytes read and written a second when a buffer is copied, both together being `size` bytes: small ones stay in the processor's caches."""
+    """Bytes read and written a second when a buffer is copied, both together being `size` bytes:
+    small ones stay in the processor's caches."""
     source = torch.ones(size // 8, device=device)
     target = source.clone()
     return size / best(lambda: target.copy_(source), device)
@@ -58,11 +60,14 @@ def best(work, device) -> float:
 
 
 def floor(pair, device, threads) -> float:
-    """Seconds below which the work cannot be done here: operations at the rate of matrix products or bytes at that of copies, whichever takes longer.
+    """Seconds below which the work cannot be done here: operations at the rate of matrix products
+    or bytes at that of copies, whichever takes longer.
 
-    Operations are those of products, the fewer of the reference's and ours, since one may compute what the other shows to be superfluous.
+    Operations are those of products, the fewer of the reference's and ours, since one may compute
+    what the other shows to be superfluous.
     """
-    return max(min(operations(pair.theirs), operations(pair.ours)) / matrix_rate(device, threads), pair.moved / copy_rate(device, threads, pair.moved))
+    return max(min(operations(pair.theirs), operations(pair.ours)) / matrix_rate(device, threads),
+               pair.moved / copy_rate(device, threads, pair.moved))
 
 
 def operations(work) -> int:
@@ -80,17 +85,19 @@ def _grouped(a, b, *_, out_shape=None, **__):
     return 2 * math.prod(a) * b[-1]
 
 
-#: Products that the counter passes over. Attention's backward has four, and a fifth that only spares memory; not counted.
-UNKNOWN_TO_TORCH = {
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda gradient, *shapes, **more: 2 * _attention(*shapes, **more),
-    aten._grouped_mm: _grouped}
+#: Products that the counter passes over. Attention's backward has four, and a fifth that only
+#: spares memory; not counted.
+UNKNOWN_TO_TORCH = {aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+                    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda gradient,
+                    *shapes, **more: 2 * _attention(*shapes, **more), aten._grouped_mm: _grouped}
 
 
 def peak_bytes(work) -> int:
-    """Most bytes of tensors alive at once of those that `work` allocates, as torch.profiler sees them: exact and the same each time, in a fresh process,
-    where nothing of an earlier profile is left. What libraries take for themselves is not in it."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    """Most bytes of tensors alive at once of those that `work` allocates, as torch.profiler sees
+    them: exact and the same each time, in a fresh process, where nothing of an earlier profile is
+    left. What libraries take for themselves is not in it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
+                                profile_memory=True) as profile:
         work()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder, "trace.json")
@@ -101,7 +108,8 @@ def peak_bytes(work) -> int:
 
 
 def description() -> dict:
-    """The machine: its processor, the threads torch takes, versions, and its rate of matrix products by number of threads."""
+    """The machine: its processor, the threads torch takes, versions, and its rate of matrix
+    products by number of threads."""
     rates = {}
     for number in (1, None):
         with threads(number) as count:
@@ -109,5 +117,7 @@ def description() -> dict:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {"cpu": names[0] if names else platform.processor(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "GFLOP_per_second": {count: float(f"{rate:.3g}") for count, rate in rates.items()}, "command": "make bench"}
+    return {"cpu": names[0] if names else platform.processor(), "threads": torch.get_num_threads(),
+            "torch": torch.__version__, "GFLOP_per_second": {count: float(f"{rate:.3g}")
+                                                             for count, rate in rates.items()},
+            "command": "make bench"}

@@ -1,4 +1,5 @@
-"""What a batch adds to a run, and what a second worker gains. By `make bench`, on a machine that does nothing else."""
+"""What a batch adds to a run, and what a second worker gains. By `make bench`, on a machine that
+does nothing else."""
 import statistics
 import time
 from argparse import Namespace
@@ -18,7 +19,10 @@ def jobs(tmp_path):
     """Makes that many runs of a notebook with this code."""
     def make(code, number):
         cells = [new_code_cell("seed = 0", metadata={"tags": ["parameters"]}), new_code_cell(code)]
-        notebook = new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
+        notebook = new_notebook(cells=cells,
+                                metadata={"kernelspec": {"name": "python3",
+                                                         "display_name": "Python 3",
+                                                         "language": "python"}})
         nbformat.write(notebook, tmp_path / "bench.ipynb")
         points = [{"seed": seed} for seed in range(number)]
         return plan([tmp_path / "bench.ipynb"], points, tmp_path / "out", 1)
@@ -34,19 +38,22 @@ def two_workers(tmp_path):
     client.close()
 
 
-def test_a_run_costs_at_most_300_ms_beyond_its_kernel(benchmark, jobs, two_workers, tmp_path, capfd):
+def test_a_run_costs_at_most_300_ms_beyond_its_kernel(
+        benchmark, jobs, two_workers, tmp_path, capfd):
     waiting, bare = jobs("seed + 1", 16), []
 
     def alone():
         start = time.perf_counter()
-        papermill.execute_notebook(str(tmp_path / "bench.ipynb"), str(tmp_path / "alone.ipynb"), {"seed": 1}, kernel_name="python3", progress_bar=False)
+        papermill.execute_notebook(str(tmp_path / "bench.ipynb"), str(tmp_path / "alone.ipynb"),
+                                   {"seed": 1}, kernel_name="python3", progress_bar=False)
         bare.append(time.perf_counter() - start)
         return ([waiting.pop()], two_workers, 0), {}
 
     benchmark.pedantic(follow, setup=alone, rounds=15, warmup_rounds=1)
     overhead = benchmark.stats["median"] - statistics.median(bare[1:])
     with capfd.disabled():
-        print(f"\na run by papermill alone {statistics.median(bare[1:]):.3f} s, in a batch {benchmark.stats['median']:.3f} s: {overhead:.3f} s more")
+        print(f"\na run by papermill alone {statistics.median(bare[1:]):.3f} s, in a batch "
+              f"{benchmark.stats['median']:.3f} s: {overhead:.3f} s more")
     assert overhead <= 0.3
 
 
@@ -62,5 +69,6 @@ def test_two_workers_are_1_7_times_one(benchmark, jobs, two_workers, capfd):
     benchmark.pedantic(follow, setup=by_one, rounds=2)
     gain = statistics.median(one) / benchmark.stats["median"]
     with capfd.disabled():
-        print(f"\nsix runs on one worker {statistics.median(one):.1f} s, on two {benchmark.stats['median']:.1f} s: {gain:.2f} times")
+        print(f"\nsix runs on one worker {statistics.median(one):.1f} s, on two "
+              f"{benchmark.stats['median']:.1f} s: {gain:.2f} times")
     assert gain >= 1.7

@@ -1,4 +1,5 @@
-"""The work that is timed. Each function gives a `Pair`: the same work by open-mythos 0.5.0 and by us, with the same weights."""
+"""The work that is timed. Each function gives a `Pair`: the same work by open-mythos 0.5.0 and by
+us, with the same weights."""
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -12,12 +13,15 @@ from mythos_core.config import parity_config, tutorial_config
 from mythos_core.parity import make_batch
 
 FLOAT = 4           # bytes
-NEVER = -4.0        # a bias of the halting unit at which no position halts within 16 loops; far lower ones make gradients so small that they are slow
+# a bias of the halting unit at which no position halts within 16 loops; far lower ones make
+# gradients so small that they are slow
+NEVER = -4.0
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two callables that do the same and return tensors to compare, and the bytes that any implementation has to move for it."""
+    """Two callables that do the same and return tensors to compare, and the bytes that any
+    implementation has to move for it."""
 
     theirs: Callable
     ours: Callable
@@ -25,24 +29,31 @@ class Pair:
 
 
 def training_step(device, loops=3, halt_bias=0.0, compiled=False) -> Pair:
-    """The article's: 64 strings of 24 bits, AdamW, gradients clipped at norm 1. Ours has the fused AdamW, as in `training.train`; returns the loss."""
+    """The article's: 64 strings of 24 bits, AdamW, gradients clipped at norm 1. Ours has the fused
+    AdamW, as in `training.train`; returns the loss."""
     theirs, ours = models(parity_config(), device, halt_bias)
     batch = make_batch(64, 24, device=device)
-    steps = stepper(theirs, *batch, loops), stepper(torch.compile(ours) if compiled else ours, *batch, loops, fused=True)
-    return finished(*steps, 8 * weights(ours), device)      # weights and AdamW's two moments are read and written, gradients written and read
+    steps = (stepper(theirs, *batch, loops), stepper(torch.compile(ours) if compiled else ours,
+                                                     *batch, loops, fused=True))
+    # weights and AdamW's two moments are read and written, gradients written and read
+    return finished(*steps, 8 * weights(ours), device)
 
 
 def forward(device, batch=64, length=24, loops=3, halt_bias=0.0, window=None) -> Pair:
-    """Logits without gradient. A `window` is ours alone: the reference has none, so then the two are not the same."""
+    """Logits without gradient. A `window` is ours alone: the reference has none, so then the two
+    are not the same."""
     theirs, ours = models(parity_config(max_seq_len=max(length, 128)), device, halt_bias, window)
     ids, _ = make_batch(batch, length, device=device)
     assert loops_run(theirs, ids, loops) == loops_run(ours, ids, loops)
-    return finished(*(torch.no_grad()(lambda model=model: model(ids, loops)) for model in (theirs, ours)), weights(ours), device)
+    return finished(*(torch.no_grad()(lambda model=model: model(ids, loops))
+                      for model in (theirs, ours)), weights(ours), device)
 
 
 def mixture(device, experts, chosen) -> Pair:
-    """MoE forward and backward, 1,024 tokens, dim 256, expert width 128; returns the output and the router's gradient."""
-    theirs, ours = models(tutorial_config("gqa", dim=256, n_experts=experts, n_experts_per_tok=chosen, expert_dim=128), device)
+    """MoE forward and backward, 1,024 tokens, dim 256, expert width 128; returns the output and the
+    router's gradient."""
+    theirs, ours = models(tutorial_config("gqa", dim=256, n_experts=experts,
+                                          n_experts_per_tok=chosen, expert_dim=128), device)
     x = torch.randn(4, 256, 256, device=device)
     layers = [model.recurrent.block.ffn for model in (theirs, ours)]
 
@@ -53,12 +64,14 @@ def mixture(device, experts, chosen) -> Pair:
             out.sum().backward()
             return out, layer.router.weight.grad
         return forward_and_backward
-    return finished(pass_of(layers[0], lambda out: out), pass_of(layers[1], lambda out: out[0]), 2 * weights(layers[1]), device)
+    return finished(pass_of(layers[0], lambda out: out), pass_of(layers[1], lambda out: out[0]),
+                    2 * weights(layers[1]), device)
 
 
 def decode(device, attn_type, context) -> Pair:
-    """One token behind `context` others: batch 8, 8 loops. The context does not grow from call to call: the reference extends a shallow copy of its
-    dictionary, whose tensors it replaces; ours goes back by the position it wrote."""
+    """One token behind `context` others: batch 8, 8 loops. The context does not grow from call to
+    call: the reference extends a shallow copy of its dictionary, whose tensors it replaces; ours
+    goes back by the position it wrote."""
     theirs, ours = models(tutorial_config(attn_type, max_seq_len=4096), device)
     ids = torch.randint(0, 256, (8, context + 1), device=device)
     their_cache, cache = {}, KVCache(context + 1)
@@ -83,11 +96,13 @@ def cache_bytes(attn_type, context) -> tuple[int, int]:
     with torch.no_grad():
         theirs(ids, 8, their_cache, 0)
         ours(ids, 8, cache)
-    return sum(tensor.nbytes for layer in their_cache.values() for tensor in layer.values()), cache.nbytes
+    return (sum(tensor.nbytes for layer in their_cache.values() for tensor in layer.values()),
+            cache.nbytes)
 
 
 def training_peak(whose) -> int:
-    """Peak bytes of two training steps, of "theirs" or "ours": the second has AdamW's moments from the first."""
+    """Peak bytes of two training steps, of "theirs" or "ours": the second has AdamW's moments from
+    the first."""
     step = getattr(training_step("cpu"), whose)
     return machine.peak_bytes(lambda: (step(), step()))
 
@@ -97,7 +112,8 @@ def models(config, device, halt_bias=0.0, window=None):
     torch.manual_seed(0)
     theirs = peer.model(config)
     torch.nn.init.constant_(theirs.recurrent.act.halt.bias, halt_bias)
-    return theirs.to(device), from_open_mythos(theirs.state_dict(), replace(config, window=window)).to(device)
+    return (theirs.to(device), from_open_mythos(theirs.state_dict(),
+                                                replace(config, window=window)).to(device))
 
 
 @torch.no_grad()

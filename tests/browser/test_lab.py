@@ -1,4 +1,5 @@
-"""JupyterLab for real: the first notebook, run from the menu as a reader would; and a slider, moved."""
+"""JupyterLab for real: the first notebook, run from the menu as a reader would; and a slider,
+moved."""
 import json
 import os
 import socket
@@ -14,8 +15,10 @@ import pytest
 
 expect = pytest.importorskip("playwright.sync_api").expect
 ROOT = Path(__file__).parents[2]
-SETTINGS = {"@jupyterlab/notebook-extension/tracker.jupyterlab-settings": {"windowingMode": "none"},     # cells off the screen are in the page too
-            "@jupyterlab/apputils-extension/notification.jupyterlab-settings": {"fetchNews": "false"}}   # asks no other machine
+# cells off the screen are in the page too
+SETTINGS = {"@jupyterlab/notebook-extension/tracker.jupyterlab-settings": {"windowingMode": "none"},
+            # asks no other machine
+            "@jupyterlab/apputils-extension/notification.jupyterlab-settings": {"fetchNews": "false"}}
 
 
 def claims(notebook):
@@ -26,7 +29,8 @@ def claims(notebook):
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """A function that puts a notebook, its outputs taken out, in the folder of a server on loopback, and gives its address there."""
+    """A function that puts a notebook, its outputs taken out, in the folder of a server on
+    loopback, and gives its address there."""
     folder = tmp_path_factory.mktemp("lab")
     for name, settings in SETTINGS.items():
         (folder / "settings" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -34,11 +38,15 @@ def lab(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
-               "--IdentityProvider.token=known", "--allow-root", f"--ServerApp.root_dir={folder}", f"--LabApp.user_settings_dir={folder / 'settings'}"]
-    folders = {f"JUPYTER_{kind}_DIR": str(folder / kind.lower()) for kind in ("CONFIG", "DATA", "RUNTIME")}
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1",
+               f"--port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=known",
+               "--allow-root", f"--ServerApp.root_dir={folder}",
+               f"--LabApp.user_settings_dir={folder / 'settings'}"]
+    folders = {f"JUPYTER_{kind}_DIR": str(folder / kind.lower())
+               for kind in ("CONFIG", "DATA", "RUNTIME")}
     with open(folder / "lab.log", "w", encoding="utf-8") as log:
-        server = subprocess.Popen(command, cwd=folder, env={**os.environ, **folders}, stdout=log, stderr=subprocess.STDOUT)
+        server = subprocess.Popen(command, cwd=folder, env={**os.environ, **folders}, stdout=log,
+                                  stderr=subprocess.STDOUT)
     address = f"http://127.0.0.1:{port}"
 
     def put(notebook, name):
@@ -71,13 +79,15 @@ def load(name):
 
 
 def run_all(browser, address, awaited):
-    """The page after Run All Cells, when something with that selector is there and no cell has failed or complained."""
+    """The page after Run All Cells, when something with that selector is there and no cell has
+    failed or complained."""
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     page.goto(address)
     page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=120_000)
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    failed = page.locator("[data-mime-type='application/vnd.jupyter.error'], [data-mime-type='application/vnd.jupyter.stderr']")
+    failed = page.locator("[data-mime-type='application/vnd.jupyter.error'], "
+                          "[data-mime-type='application/vnd.jupyter.stderr']")
     page.locator(awaited).or_(failed).first.wait_for(timeout=180_000)
     assert failed.all_inner_texts() == []
     page.locator(awaited).first.scroll_into_view_if_needed()
@@ -88,24 +98,29 @@ def test_the_first_notebook_runs_from_the_menu(browser, lab):
     notebook = load("01_model_sizes")
     expected = claims(notebook)
     assert expected and all(line.startswith("PASS") for line in expected)
-    page = run_all(browser, lab(notebook, "01"), f".jp-OutputArea-output:has-text({json.dumps(expected[-1])})")
+    page = run_all(browser, lab(notebook, "01"),
+                   f".jp-OutputArea-output:has-text({json.dumps(expected[-1])})")
     page.screenshot(path=ROOT / "build" / "screenshots" / "lab.png")
     outputs = page.locator(".jp-OutputArea-output").all_inner_texts()
-    assert [line for text in outputs for line in text.splitlines() if line.startswith("PASS")] == expected
+    assert ([line for text in outputs for line in text.splitlines() if line.startswith("PASS")]
+            == expected)
     page.close()
 
 
 def test_the_slider_changes_the_picture(browser, lab):
     """Of 05 the cells that the slider needs, at the one length that it shows."""
     notebook = load("05_depth_extrapolation")
-    needed = ("import os", "seed = 0", "model = OpenMythos", "batch, right_answers", "def after", "def slider")
+    needed = ("import os", "seed = 0", "model = OpenMythos", "batch, right_answers", "def after",
+              "def slider")
     notebook.cells = [cell for cell in notebook.cells if cell.source.startswith(needed)]
     assert len(notebook.cells) == len(needed)
     notebook.cells[1].source += "\nlengths = [64]"
     page = run_all(browser, lab(notebook, "05"), ".widget-interact img")
-    picture, handle = page.locator(".widget-interact img"), page.locator(".widget-interact [role=slider]")
+    picture, handle = (page.locator(".widget-interact img"),
+                       page.locator(".widget-interact [role=slider]"))
     for key in ("End", "Home"):
-        before, loops = picture.get_attribute("src"), 1 if key == "Home" else int(float(handle.get_attribute("aria-valuemax")))
+        before, loops = (picture.get_attribute("src"), 1 if key == "Home"
+                         else int(float(handle.get_attribute("aria-valuemax"))))
         handle.press(key)
         expect(picture).not_to_have_attribute("src", before, timeout=30_000)
         expect(page.locator(".widget-interact .widget-readout")).to_have_text(str(loops))

@@ -1,4 +1,5 @@
-"""Every page that `make site` made, as a reader meets it: on a phone and on a desk, with no network but the site itself."""
+"""Every page that `make site` made, as a reader meets it: on a phone and on a desk, with no network
+but the site itself."""
 import json
 import re
 from functools import partial
@@ -16,7 +17,8 @@ NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 DOCS = ["claims", "use", "batches", "bench", "results"]
 PAGES = ["index", *NOTEBOOKS, *DOCS]
 
-# What a reader sees of a page, read off in one go. Text in <code> and <pre> is meant as it stands; a box that scrolls may hold more than it shows.
+# What a reader sees of a page, read off in one go. Text in <code> and <pre> is meant as it stands;
+# a box that scrolls may hold more than it shows.
 LOOK = """() => {
     const box = e => { const r = e.getBoundingClientRect(); return {width: r.width, height: r.height}; };
     const prose = document.querySelector("main").cloneNode(true);
@@ -36,33 +38,38 @@ LOOK = """() => {
 @pytest.fixture(scope="module")
 def origin():
     assert SITE.is_dir(), "make site comes first"
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=SITE))
+    server = ThreadingHTTPServer(("127.0.0.1", 0),
+                                 partial(SimpleHTTPRequestHandler, directory=SITE))
     Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
 
 
-@pytest.fixture(scope="module", params=[(name, width) for name in PAGES for width in (390, 1280)], ids=lambda param: f"{param[0]}-{param[1]}")
+@pytest.fixture(scope="module", params=[(name, width) for name in PAGES for width in (390, 1280)],
+                ids=lambda param: f"{param[0]}-{param[1]}")
 def seen(browser, origin, request):
     """A page after it was loaded, with folded parts open; its picture goes to build/screenshots."""
     name, width = request.param
     page, requests, wrong = browser.new_page(viewport={"width": width, "height": 900}), [], []
     page.on("request", lambda sent: requests.append(sent.url))
     page.on("requestfailed", lambda sent: wrong.append(sent.url))
-    page.on("response", lambda got: wrong.append(f"{got.status} {got.url}") if got.status >= 400 else None)
+    page.on("response", lambda got: wrong.append(f"{got.status} {got.url}") if got.status >= 400
+            else None)
     page.on("console", lambda message: wrong.append(message.text))
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.goto(f"{origin}/{name}.html")
     page.evaluate("document.querySelectorAll('details').forEach(e => e.open = true)")
     page.screenshot(path=ROOT / "build" / "screenshots" / f"{name}-{width}.png", full_page=True)
-    yield SimpleNamespace(name=name, viewport=width, requests=requests, wrong=wrong, page=page, title=page.title(), **page.evaluate(LOOK))
+    yield SimpleNamespace(name=name, viewport=width, requests=requests, wrong=wrong, page=page,
+                          title=page.title(), **page.evaluate(LOOK))
     page.close()
 
 
 def cells(name, kind):
     if name not in NOTEBOOKS:
         return ""
-    return "\n".join(cell.source for cell in nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4).cells if cell.cell_type == kind)
+    return "\n".join(cell.source for cell in nbformat.read(ROOT / "notebooks" / f"{name}.ipynb",
+                                                           4).cells if cell.cell_type == kind)
 
 
 def test_no_page_has_a_script_or_asks_elsewhere():
@@ -91,7 +98,8 @@ def test_it_is_as_wide_as_the_screen(seen):
 
 def test_pictures_are_there_with_their_words(seen):
     for picture in seen.pictures:
-        assert picture["natural"] > 0 and picture["width"] > 200 and picture["height"] > 100, picture
+        assert picture["natural"] > 0 and picture["width"] > 200 and picture[
+            "height"] > 100, picture
         assert len(picture["alt"].split()) > 4 and "No description" not in picture["alt"], picture
     shown = {picture["src"]: picture["alt"] for picture in seen.pictures}
     for figure in re.findall(r'figures\.save\(\s*\w+,\s*"(\w+)"', cells(seen.name, "code")):
@@ -115,7 +123,8 @@ def test_links_between_pages_lead_somewhere(seen, origin):
 
 def test_the_way_through_the_course(seen):
     here = PAGES.index(seen.name)
-    neighbours = {"prev": PAGES[here - 1] if here else None, "next": PAGES[here + 1] if here + 1 < len(PAGES) else None}
+    neighbours = {"prev": PAGES[here - 1] if here else None,
+                  "next": PAGES[here + 1] if here + 1 < len(PAGES) else None}
     assert seen.way == {rel: f"{name}.html" for rel, name in neighbours.items() if name}
 
 
