@@ -55,7 +55,7 @@ class Recipe:
     balanced: bool = False
     # share of states that the next position reads as the mean of those that mean the same
     handed_on: float = 0.0
-    # weight, while the learning rate falls, of `training.center_loss`
+    # weight, while the learning rate falls, of `losses.center_loss`
     center_loss: float = 0.0
     ponder_cost: float = 0.0                # for halting = "act_remainder": weight of Graves' N + R
 

@@ -15,15 +15,13 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from mythos_core import figures
 from mythos_core.certificate import Certificate, certify
 from mythos_core.checkpoint import load, save, whole_steps
-from mythos_core.machines import Machine, machine
+from mythos_core.losses import center_loss, mean_loss, means_by, move_weights, ponder
+from mythos_core.machines import machine
 from mythos_core.model import OpenMythos
 from mythos_core.provenance import commit
 from mythos_core.recipes import RECIPES, Recipe, get_recipe, recipe_for
@@ -249,21 +247,6 @@ def _step(run: Run, optimizer, step) -> dict:
     return {"loss": loss.item(), "accuracy": (logits.argmax(-1) == targets).float().mean().item()}
 
 
-def mean_loss(logits: Float[Tensor, "n vocab"], targets: Int[Tensor, "n"],
-              weight: Float[Tensor, "n"] | None) -> Float[Tensor, ""]:
-    """Mean cross-entropy, or with weights the weighted mean."""
-    if weight is None:
-        return F.cross_entropy(logits, targets)
-    return (F.cross_entropy(logits, targets, reduction="none") * weight).sum() / weight.sum()
-
-
-def move_weights(machine: Machine, ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq"]:
-    """1 over how often the batch has a position's move, its state before and its letter: so weighed
-    each move that is met counts the same, however rare."""
-    move = machine.moves(ids)
-    return 1.0 / move.flatten().bincount()[move]
-
-
 def _looped(run: Run, ids, n_loops):
     """Logits after so many loops, and what is added to their loss."""
     records = []
@@ -288,31 +271,6 @@ def _settled(run: Run, ids):
     h = model.recurrent.settle(model.encode(ids, ctx), hand_on)
     falling = span is not None and span[0] <= len(run.history) < span[1]
     return model.decode(h, ctx), recipe.center_loss * center_loss(h, states) if falling else 0.0
-
-
-def means_by(h: Float[Tensor, "n dim"], label: Int[Tensor, "n"]) -> Float[Tensor, "n dim"]:
-    """In each row the mean of the rows with its label."""
-    _, group = label.unique(return_inverse=True)
-    sums = h.new_zeros(int(group.max()) + 1, h.shape[1]).index_add(0, group, h)
-    return (sums / group.bincount().unsqueeze(1))[group]
-
-
-def center_loss(h: Float[Tensor, "batch seq dim"],
-                states: Int[Tensor, "batch seq"]) -> Float[Tensor, ""]:
-    """Mean squared distance of h from the batch's mean of its machine state, in units of the mean
-    square of h (after the center loss of Wen et al. 2016): states that mean the same come to be the
-    same, which a code can then be."""
-    h = h.flatten(0, 1)
-    return ((h - means_by(h, states.flatten())).square().sum(-1).mean()
-            / h.detach().square().sum(-1).mean())
-
-
-def ponder(weight: Float[Tensor, "loops batch seq"]) -> Float[Tensor, ""]:
-    """Graves' ponder cost N + R: the loops until a position halts, and the weight of the last of
-    them, which has the gradient."""
-    loops = torch.arange(1, len(weight) + 1, device=weight.device)[:, None, None]
-    stopped_at = ((weight > 0) * loops).amax(0)
-    return (stopped_at + weight.gather(0, (stopped_at - 1).clamp(min=0)[None])[0]).float().mean()
 
 
 def learning_rate(recipe: Recipe, step: int, span: tuple[int, int] | None = None) -> float:

@@ -145,8 +145,8 @@ def test_the_core_stays_thin():
 
 def test_imports_run_one_way():
     order = ["provenance", "batch", "config", "layers", "cache", "attention", "moe", "halting",
-             "loop", "weights", "model", "interop", "groups", "parity", "machines", "figures",
-             "recipes", "certificate", "checkpoint", "training", "probes", "study"]
+             "loop", "weights", "model", "interop", "groups", "parity", "automata", "machines", "figures",
+             "recipes", "certificate", "losses", "checkpoint", "training", "probes", "study"]
     for position, module in enumerate(order):
         assert all(order.index(other) < position for other in imported(module)), module
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from mythos_core import OpenMythos, training
 from mythos_core.certificate import certify
 from mythos_core.config import parity_config
+from mythos_core.losses import center_loss, mean_loss, means_by, move_weights, ponder
 from mythos_core.machines import Machine, machine
 from mythos_core.model import PRETRAINED, shipped
 from mythos_core.parity import make_batch
@@ -16,17 +17,12 @@ from mythos_core.recipes import Recipe, get_recipe, recipe_for
 from mythos_core.training import (
     NotProved,
     Run,
-    center_loss,
     draw,
     fall,
     finished,
     held_out,
     learning_rate,
     main,
-    mean_loss,
-    means_by,
-    move_weights,
-    ponder,
     train,
     train_all,
 )

@@ -1,0 +1,273 @@
+"""A finite-state machine as a table: strings for it, their right answers, and its minimal form.
+
+Token j + 1 is letter j. A machine answers at every position, with a token: in a Mealy machine's
+way, by the state that it is in and the letter that it reads (Mealy 1955).
+"""
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from automata.fa.dfa import DFA
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from mythos_core.groups import draw_letters
+
+
+@dataclass(frozen=True, eq=False)
+class Machine:
+    """A finite-state machine that is total: each state has a move for each letter.
+
+    Attributes:
+        next_state: the state after letter b in state a is next_state[a, b].
+        answer: the token answered then, from 1 on.
+        start: the state before the first letter.
+        symbols: the letters' names, for `encode` and for pictures; default their numbers.
+
+    Raises:
+        ValueError: naming the argument, its value and what is allowed.
+    """
+
+    name: str
+    next_state: Tensor                       # (states, letters) int64
+    answer: Tensor                           # (states, letters) int64
+    start: int = 0
+    symbols: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        table, states = self.next_state, len(self.next_state)
+        if table.dim() != 2 or not table.numel() or table.shape != self.answer.shape:
+            raise ValueError(f"next_state, answer: of shapes {tuple(table.shape)}, "
+                             f"{tuple(self.answer.shape)}: "
+                             "must both be (states, letters), neither of them 0")
+        if table.min() < 0 or table.max() >= states:
+            raise ValueError(f"next_state = {table.min()} .. {table.max()}: "
+                             f"must be in 0 .. states - 1 = {states - 1}")
+        if self.answer.min() < 0:
+            raise ValueError(f"answer = {self.answer.min()}: must be tokens, 0 or more")
+        if not 0 <= self.start < states:
+            raise ValueError(f"start = {self.start}: must be in 0 .. states - 1 = {states - 1}")
+        if not self.symbols:
+            object.__setattr__(self, "symbols", tuple(map(str, range(self.letters))))
+        if len(set(self.symbols)) != self.letters:
+            raise ValueError(f"symbols = {self.symbols}: must be {self.letters} different names, "
+                             "one for each letter")
+
+    @classmethod
+    def from_table(cls, next_state, start: int = 0, name: str = "table") -> "Machine":
+        """The machine of a table (states, letters) of next states that answers the state it comes
+        to, state s as token s + 1."""
+        try:
+            table = torch.as_tensor(next_state, dtype=torch.int64)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"next_state = {next_state}: must be a whole table of numbers, "
+                             f"a row for each state, a column for each letter: {error}") from error
+        return cls(name, table, table + 1, start)
+
+    def __len__(self) -> int:
+        """States."""
+        return len(self.next_state)
+
+    def __eq__(self, other) -> bool:
+        """The same tables and start: for minimal machines, whether they
+        answer all strings alike."""
+        if not isinstance(other, Machine):
+            return NotImplemented
+        pairs = (self.next_state, other.next_state), (self.answer, other.answer)
+        return self.start == other.start and all(torch.equal(*pair) for pair in pairs)
+
+    @property
+    def letters(self) -> int:
+        return self.next_state.shape[1]
+
+    @property
+    def vocab_size(self) -> int:
+        """What a model needs: a token for each letter and each answer, and
+        token 0, which is neither."""
+        return max(self.letters, int(self.answer.max())) + 1
+
+    def as_dict(self) -> dict:
+        """Every field as JSON has it."""
+        return {"name": self.name, "next_state": self.next_state.tolist(),
+                "answer": self.answer.tolist(), "start": self.start}
+
+    def encode(self, letters: Iterable[str]) -> Int[Tensor, "one seq"]:
+        """The tokens of a string, which is given by its letters' names: of one sign each, as text.
+        ValueError for a letter that the machine has not."""
+        number = {symbol: token for token, symbol in enumerate(self.symbols, 1)}
+        letters = list(letters)
+        if unknown := [letter for letter in letters if letter not in number]:
+            raise ValueError(f"letter = {unknown[0]!r}: must be one of {list(self.symbols)}")
+        return torch.tensor([[number[letter] for letter in letters]])
+
+    def make_batch(self, batch: int, seq_len: int, generator: torch.Generator | None = None,
+                   device=None, strings: str = "uniform") -> tuple[Tensor, Tensor]:
+        """`batch` random strings and their right answers: ids, targets, (batch, seq_len) int64.
+
+        Args:
+            strings: of `groups.draw_letters`, or "covering": a third uniform, a third mixed, and a
+                third that begin with a shortest way to a state drawn at random and are uniform from
+                there, so that moves from states that random strings hardly come to are met. Or
+                "touring": `tours`, for machines whose random strings end in a trap.
+        """
+        if strings == "touring":
+            ids = (self.tours(batch, seq_len, generator) + 1).to(device)
+            return ids, self.answers(ids)
+        if strings != "covering":
+            ids = (draw_letters(self.letters, batch, seq_len, generator, strings) + 1).to(device)
+            return ids, self.answers(ids)
+        uniform, mixed = (draw_letters(self.letters, batch, seq_len, generator, kind)
+                          for kind in ("uniform", "mixed"))
+        way = self.shortest_ways[torch.randint(len(self.shortest_ways), (batch,),
+                                               generator=generator), :seq_len]
+        way = F.pad(way, (0, seq_len - way.shape[1]), value=-1)
+        kind = torch.randint(3, (batch, 1), generator=generator)
+        letters = torch.where(kind == 0, mixed, torch.where((kind == 1) & (way >= 0), way, uniform))
+        ids = (letters + 1).to(device)
+        return ids, self.answers(ids)
+
+    @cached_property
+    def shortest_ways(self) -> Int[Tensor, "reached longest"]:
+        """For each state that the start reaches a shortest string to it, as
+        letters, -1 behind its end."""
+        ways, order = {self.start: []}, [self.start]
+        for state in order:
+            for letter, after in enumerate(self.next_state[state].tolist()):
+                if after not in ways:
+                    ways[after] = [*ways[state], letter]
+                    order.append(after)
+        longest = max(map(len, ways.values()))
+        rows = [way + [-1] * (longest - len(way)) for way in ways.values()]
+        return torch.tensor(rows, dtype=torch.int64)
+
+    @property
+    def reversible(self) -> bool:
+        """Whether each letter permutes the states, as in a group. Then random strings come to all
+        states alike; else they may end in a trap, or leave a state out."""
+        return all(len(column.unique()) == len(self) for column in self.next_state.T)
+
+    @cached_property
+    def open_letters(self) -> Bool[Tensor, "states letters"]:
+        """The letters that keep out of traps: those that leave the largest set of states that lead
+        to each other within reach, and do not leave such a set if they can."""
+        near = self.distance(torch.ones_like(self.next_state, dtype=torch.bool)) < len(self)
+        mutual = near & near.T
+        size = mutual.sum(1)                                     # of the set that a state is in
+        best = torch.where(near, size, 0).amax(1)                # of the largest within reach
+        stays = mutual.gather(1, self.next_state) & (size == best).unsqueeze(1)
+        rank = 2 * best[self.next_state] + stays
+        return rank == rank.amax(1, keepdim=True)
+
+    def distance(self, allowed: Bool[Tensor, "states letters"]) -> Int[Tensor, "states states"]:
+        """Letters of a shortest string of `allowed` ones from a state to a state; as many as there
+        are states where there is none."""
+        n = len(self)
+        far = torch.full((n, n), n).fill_diagonal_(0)
+        for _ in range(n):
+            onward = (far[self.next_state] + 1).masked_fill(~allowed[:, :, None], n)
+            nearer = torch.minimum(far, onward.amin(1))
+            if torch.equal(nearer, far):
+                break
+            far = nearer
+        return far
+
+    @cached_property
+    def _way(self) -> tuple[Tensor, Tensor]:
+        """The first open letter of a shortest way from a state to a state (states, states); and
+        which states are within reach (states, states), as weights."""
+        far = self.distance(self.open_letters)
+        onward = far[self.next_state].masked_fill(~self.open_letters[:, :, None], len(self))
+        return onward.argmin(1), (far < len(self)).float()
+
+    def tours(self, batch: int, seq_len: int, generator=None) -> Int[Tensor, "batch seq"]:
+        """Strings that keep to the open letters up to a position drawn for each, and are uniform
+        from there. In half of them the first part goes a shortest way to a move drawn at random,
+        takes it, and goes on to another, so that all moves are as common as can be; in the others
+        each open letter is as likely."""
+        (way, near), weights = self._way, self.open_letters.float()
+        touring = torch.rand(batch, generator=generator) < 0.5
+        cut = torch.randint(seq_len + 1, (batch,), generator=generator)
+        state, letters = torch.full((batch,), self.start), []
+        target = torch.multinomial(near[state], 1, generator=generator)[:, 0]
+        for position in range(seq_len):
+            step = torch.multinomial(weights[state], 1, generator=generator)[:, 0]
+            there = state == target
+            step = torch.where(touring & ~there, way[state, target], step)
+            any_letter = torch.randint(self.letters, (batch,), generator=generator)
+            letters.append(torch.where(position < cut, step, any_letter))
+            state = self.next_state[state, letters[-1]]
+            fresh = torch.multinomial(near[state], 1, generator=generator)[:, 0]
+            target = torch.where(there, fresh, target)
+        return torch.stack(letters, 1)
+
+    def run(self, ids: Int[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:
+        """The state after each letter; ValueError for tokens that are no letters."""
+        low, high = (int(token) for token in ids.aminmax())
+        if low < 1 or high > self.letters:
+            raise ValueError(f"ids = {low} .. {high}: must be letters, 1 .. {self.letters}")
+        table, state, states = (self.next_state.to(ids.device),
+                                torch.full_like(ids[:, 0], self.start), [])
+        for letter in (ids - 1).unbind(1):
+            state = table[state, letter]
+            states.append(state)
+        return torch.stack(states, 1)
+
+    def moves(self, ids: Int[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:
+        """The move at each position, the state before it and its letter, as one number:
+        state * letters + letter."""
+        before = torch.cat([torch.full_like(ids[:, :1], self.start), self.run(ids)[:, :-1]], 1)
+        return before * self.letters + ids - 1
+
+    def answers(self, ids: Int[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:
+        """The right answer at each position."""
+        return self.answer.to(ids.device).flatten()[self.moves(ids)]
+
+    def outcomes(self, ids: Int[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:
+        """What a model has to have in mind behind each position, as one number: the state to go on
+        from, and the answer to give."""
+        return self.run(ids) * self.vocab_size + self.answers(ids)
+
+    def minimal(self) -> "Machine":
+        """The smallest machine with the same answers to all strings, its states numbered
+        in the order in which a search meets them, letter by letter: two machines answer
+        alike if these are equal."""
+        moves, answers = self.next_state.tolist(), self.answer.tolist()
+        return minimal(self.name, self.start, self.symbols,
+                       lambda state: list(zip(moves[state], answers[state])))
+
+
+def minimal(name: str, start, symbols: Iterable[str], moves: Callable) -> Machine:
+    """The minimal machine of one that is given by its moves:
+    moves(state) = [(next state, answer), ...], one for each of `symbols`. States may be anything
+    that can be hashed; those that the start does not reach are not asked.
+
+    A Mealy machine is a deterministic automaton that accepts strings of (letter, answer) pairs, so
+    automata-lib's minimal automaton (Hopcroft 1971) gives its minimal form.
+    """
+    table, todo = {}, [start]
+    while todo:
+        state = todo.pop()
+        if state not in table:
+            table[state] = moves(state)
+            todo += [after for after, _ in table[state]]
+    index = {state: i for i, state in enumerate(table)}          # automata-lib takes no None
+    pairs = {index[state]: {(letter, answer): index[after]
+                            for letter, (after, answer) in enumerate(found)}
+             for state, found in table.items()}
+    smallest = DFA(states=set(pairs),
+                   input_symbols={pair for row in pairs.values() for pair in row},
+                   transitions=pairs, initial_state=index[start], final_states=set(pairs),
+                   allow_partial=True).minify()
+    number, rows = {smallest.initial_state: 0}, []
+    for state in (order := [smallest.initial_state]):
+        row = sorted((letter, answer, after)
+                     for (letter, answer), after in smallest.transitions[state].items())
+        for _, _, after in row:
+            if after not in number:
+                number[after] = len(number)
+                order.append(after)
+        rows.append([(number[after], answer) for _, answer, after in row])
+    both = torch.tensor(rows)                                    # (states, letters, 2)
+    return Machine(name, both[..., 0], both[..., 1], symbols=tuple(symbols))

@@ -1,0 +1,47 @@
+"""What a training minimises, and the means that states are handed on as."""
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mythos_core.automata import Machine
+
+
+def mean_loss(logits: Float[Tensor, "n vocab"], targets: Int[Tensor, "n"],
+              weight: Float[Tensor, "n"] | None) -> Float[Tensor, ""]:
+    """Mean cross-entropy, or with weights the weighted mean."""
+    if weight is None:
+        return F.cross_entropy(logits, targets)
+    return (F.cross_entropy(logits, targets, reduction="none") * weight).sum() / weight.sum()
+
+
+def move_weights(machine: Machine, ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq"]:
+    """1 over how often the batch has a position's move, its state before and its letter: so weighed
+    each move that is met counts the same, however rare."""
+    move = machine.moves(ids)
+    return 1.0 / move.flatten().bincount()[move]
+
+
+def means_by(h: Float[Tensor, "n dim"], label: Int[Tensor, "n"]) -> Float[Tensor, "n dim"]:
+    """In each row the mean of the rows with its label."""
+    _, group = label.unique(return_inverse=True)
+    sums = h.new_zeros(int(group.max()) + 1, h.shape[1]).index_add(0, group, h)
+    return (sums / group.bincount().unsqueeze(1))[group]
+
+
+def center_loss(h: Float[Tensor, "batch seq dim"],
+                states: Int[Tensor, "batch seq"]) -> Float[Tensor, ""]:
+    """Mean squared distance of h from the batch's mean of its machine state, in units of the mean
+    square of h (after the center loss of Wen et al. 2016): states that mean the same come to be the
+    same, which a code can then be."""
+    h = h.flatten(0, 1)
+    return ((h - means_by(h, states.flatten())).square().sum(-1).mean()
+            / h.detach().square().sum(-1).mean())
+
+
+def ponder(weight: Float[Tensor, "loops batch seq"]) -> Float[Tensor, ""]:
+    """Graves' ponder cost N + R: the loops until a position halts, and the weight of the last of
+    them, which has the gradient."""
+    loops = torch.arange(1, len(weight) + 1, device=weight.device)[:, None, None]
+    stopped_at = ((weight > 0) * loops).amax(0)
+    return (stopped_at + weight.gather(0, (stopped_at - 1).clamp(min=0)[None])[0]).float().mean()
