@@ -15,6 +15,8 @@ from torch import Tensor
 
 from mythos_core.groups import draw_letters
 
+NOT_ASKED = -1      # in place of an answer
+
 
 @dataclass(frozen=True, eq=False)
 class Machine:
@@ -22,7 +24,8 @@ class Machine:
 
     Attributes:
         next_state: the state after letter b in state a is next_state[a, b].
-        answer: the token answered then, from 1 on.
+        answer: the token answered then; -1 (`NOT_ASKED`) where nothing is asked: `tours` have no
+            such move, and a proof says nothing of strings that have one.
         start: the state before the first letter.
         symbols: the letters' names, for `encode` and for pictures; default their numbers.
 
@@ -45,8 +48,9 @@ class Machine:
         if table.min() < 0 or table.max() >= states:
             raise ValueError(f"next_state = {table.min()} .. {table.max()}: "
                              f"must be in 0 .. states - 1 = {states - 1}")
-        if self.answer.min() < 0:
-            raise ValueError(f"answer = {self.answer.min()}: must be tokens, 0 or more")
+        if self.answer.min() < NOT_ASKED:
+            raise ValueError(f"answer = {self.answer.min()}: must be tokens, 0 or more, or "
+                             f"{NOT_ASKED} where nothing is asked")
         if not 0 <= self.start < states:
             raise ValueError(f"start = {self.start}: must be in 0 .. states - 1 = {states - 1}")
         if not self.symbols:
@@ -157,7 +161,7 @@ class Machine:
         size = mutual.sum(1)                                     # of the set that a state is in
         best = torch.where(near, size, 0).amax(1)                # of the largest within reach
         stays = mutual.gather(1, self.next_state) & (size == best).unsqueeze(1)
-        rank = 2 * best[self.next_state] + stays
+        rank = (2 * best[self.next_state] + stays).masked_fill(self.answer == NOT_ASKED, -1)
         return rank == rank.amax(1, keepdim=True)
 
     def distance(self, allowed: Bool[Tensor, "states letters"]) -> Int[Tensor, "states states"]:
@@ -182,21 +186,23 @@ class Machine:
         return onward.argmin(1), (far < len(self)).float()
 
     def tours(self, batch: int, seq_len: int, generator=None) -> Int[Tensor, "batch seq"]:
-        """Strings that keep to the open letters up to a position drawn for each, and are uniform
-        from there. In half of them the first part goes a shortest way to a move drawn at random,
-        takes it, and goes on to another, so that all moves are as common as can be; in the others
-        each open letter is as likely."""
+        """Strings that keep to the open letters up to a position drawn for each, and from there on
+        are uniform, but for moves of which nothing is asked. In half of them the first part goes a
+        shortest way to a move drawn at random, takes it, and goes on to another, so that all moves
+        are as common as can be; in the others each open letter is as likely."""
         (way, near), weights = self._way, self.open_letters.float()
         touring = torch.rand(batch, generator=generator) < 0.5
         cut = torch.randint(seq_len + 1, (batch,), generator=generator)
         state, letters = torch.full((batch,), self.start), []
         target = torch.multinomial(near[state], 1, generator=generator)[:, 0]
         for position in range(seq_len):
-            step = torch.multinomial(weights[state], 1, generator=generator)[:, 0]
+            open_letter = torch.multinomial(weights[state], 1, generator=generator)[:, 0]
             there = state == target
-            step = torch.where(touring & ~there, way[state, target], step)
+            step = torch.where(touring & ~there, way[state, target], open_letter)
             any_letter = torch.randint(self.letters, (batch,), generator=generator)
-            letters.append(torch.where(position < cut, step, any_letter))
+            asked = self.answer[state, any_letter] != NOT_ASKED
+            letters.append(torch.where(position < cut, step,
+                                       torch.where(asked, any_letter, open_letter)))
             state = self.next_state[state, letters[-1]]
             fresh = torch.multinomial(near[state], 1, generator=generator)[:, 0]
             target = torch.where(there, fresh, target)
@@ -213,6 +219,14 @@ class Machine:
             state = table[state, letter]
             states.append(state)
         return torch.stack(states, 1)
+
+    @cached_property
+    def _rows(self) -> list[list[tuple[int, int]]]:
+        return [list(zip(*row)) for row in zip(self.next_state.tolist(), self.answer.tolist())]
+
+    def following(self, state: int) -> list[tuple[int, int]]:
+        """Next state and answer, letter by letter."""
+        return self._rows[state]
 
     def moves(self, ids: Int[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:
         """The move at each position, the state before it and its letter, as one number:
@@ -233,9 +247,7 @@ class Machine:
         """The smallest machine with the same answers to all strings, its states numbered
         in the order in which a search meets them, letter by letter: two machines answer
         alike if these are equal."""
-        moves, answers = self.next_state.tolist(), self.answer.tolist()
-        return minimal(self.name, self.start, self.symbols,
-                       lambda state: list(zip(moves[state], answers[state])))
+        return minimal(self.name, self.start, self.symbols, self.following)
 
 
 def minimal(name: str, start, symbols: Iterable[str], moves: Callable) -> Machine:

@@ -5,9 +5,9 @@ and with a window W, and let its states be rounded to codes c_1 .. c_n (`Recurre
 Call what decides position i its *context*: the codes of the W + s - 1 positions before it, and the
 last (W - 1)(P + 1) + 1 tokens, where P is the number of prelude layers; fewer near the start of the
 string. Let a set of triples (context, state of the machine, answer due) hold that of each
-one-letter string, and with each triple, for each letter, the one that follows it. If the model's
-answer is the one due in every triple, then it is the machine's at every position of every string,
-after as many loops as there are positions.
+one-letter string, and with each triple, for each letter, the one that follows it; letters apart of
+which nothing is asked there. If the model's answer is the one due in every triple, then it is the
+machine's at every position of every string, after as many loops as there are positions.
 
 Proof. By the strict loop (theorem 1 of `RecurrentBlock`) the settled state of position i is a
 function of its context, and so is the code it is rounded to, hence the context that follows by
@@ -32,8 +32,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mythos_core import attention
+from mythos_core.automata import NOT_ASKED
 from mythos_core.machines import Machine, minimal
 from mythos_core.model import OpenMythos
+from mythos_core.tasks import Task
 
 SPARE = 100             # how many times the measured error another machine may have
 MOST_CONTEXTS = 200_000
@@ -42,7 +44,7 @@ TRIED = 20_000          # codes times letters, at most, of codes that are chosen
 SEEN = 16               # elements of the strings whose states the codes are chosen from
 
 Context = tuple[tuple[int, ...], tuple[int, ...]]  # tokens, codes of the positions before
-START: Context = ((), ())                          # of no position: what comes before the first
+START: Context = ((), ())                          # what the first position has behind it: nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +79,9 @@ class Certificate:
     @cached_property
     def machine(self) -> Machine | None:
         """The minimal machine that the contexts make up, as read off the model's own answers, right
-        or wrong; None if they were not closed."""
-        return self.closure.machine() if self.closure.closed else None
+        or wrong; None if they were not closed, or not all strings are asked about."""
+        closure = self.closure
+        return closure.machine() if closure.closed and not closure.left_out else None
 
     def summary(self) -> dict:
         """What a file beside the weights says of it."""
@@ -194,12 +197,13 @@ def _certify(bare: OpenMythos, machine: Machine, codes: Tensor) -> Certificate:
 
 class Closure:
     """The contexts that strings lead to, met letter by letter, each with the state of the
-    machine that is `asked` for."""
+    machine that is `asked` for, or of the task that no machine does."""
 
-    def __init__(self, model: OpenMythos, letters: int, asked: Machine | None = None):
+    def __init__(self, model: OpenMythos, letters: int, asked: Machine | Task | None = None):
         self.model, self.letters, self.asked = model, letters, asked
         self.judge = _with_codes(model, model.recurrent.codes).double()
         self.length, self.wrong, self.closed = 0, 0, False
+        self.left_out = isinstance(asked, Machine) and bool((asked.answer == NOT_ASKED).any())
         c = model.config
         self.tokens_kept = (c.window - 1) * (c.prelude_layers + 1) + 1
         self.codes_kept = max(c.window + c.stride - 1, (c.window - 1) * c.coda_layers)
@@ -214,36 +218,41 @@ class Closure:
 
     @torch.no_grad()
     def run(self) -> "Closure":
-        """Close the set, one letter longer at a time, unless an answer is
-        wrong or there are too many."""
+        """Close the set, one letter longer at a time, unless an answer is wrong or there are too
+        many. Where nothing is asked of a move, no string with it is followed."""
         asked = self.asked or Machine.from_table([[0] * self.letters])
-        moves, answers = asked.next_state.tolist(), asked.answer.tolist()
         frontier = {(START, asked.start)}
         while frontier and not self.wrong and len(self.seen) < MOST_CONTEXTS:
-            new = {(self.after(context, b), moves[state][b], answers[state][b])
-                   for context, state in frontier for b in range(self.letters)}
+            new = {(self.context(past, b), after, answer) for past, state in frontier
+                   for b, (after, answer) in enumerate(asked.following(state))
+                   if answer != NOT_ASKED}
             new -= self.seen
             self._evaluate({context for context, _, _ in new} - self.follows.keys())
             if self.asked is not None:
                 self.wrong = sum(self.follows[context][1] != answer for context, _, answer in new)
             self.seen |= new
-            frontier = {(context, state) for context, state, _ in new}
+            # with many letters few of these are different
+            frontier = {(self.past(context), state) for context, state, _ in new}
             self.length += bool(frontier)
         self.closed = not frontier and not self.wrong
         return self
 
-    def after(self, context: Context, letter: int) -> Context:
-        """The context of the next position, which reads this letter."""
+    def context(self, past: Context, letter: int) -> Context:
+        """The context of a position that reads this letter behind this past."""
+        tokens, codes = past
+        return (*tokens, letter + 1), codes
+
+    def past(self, context: Context) -> Context:
+        """What the position behind one of this context has for its own, but for its letter."""
         tokens, codes = context
-        if tokens:
-            codes = (*codes, self.follows[context][0])[-self.codes_kept:]
-        return (*tokens, letter + 1)[-self.tokens_kept:], codes
+        tokens = tokens[max(0, len(tokens) + 1 - self.tokens_kept):]
+        return tokens, (*codes, self.follows[context][0])[-self.codes_kept:]
 
     def machine(self) -> Machine:
         """The minimal machine of the contexts, by the model's answers to them."""
-        def moves(context):
-            following = [self.after(context, b) for b in range(self.letters)]
-            return [(after, self.follows[after][1]) for after in following]
+        def moves(past):
+            following = [self.context(past, b) for b in range(self.letters)]
+            return [(self.past(context), self.follows[context][1]) for context in following]
 
         symbols = self.asked.symbols if self.asked else map(str, range(self.letters))
         return minimal(self.asked.name if self.asked else "read off", START, symbols, moves)
@@ -294,8 +303,9 @@ def _evaluate(model, tokens: Int[Tensor, "n tokens"], before: Int[Tensor, "n pos
     states = torch.cat([past, own], 1)[:, -1 - read:]
     scores["answer"] = model.decode(states, _plain(model, states))[:, -1]
     chosen = {"answer": scores["answer"].argmax(-1), **chosen}
-    # (n, codes)
-    apart = torch.cdist(own, loop.codes, compute_mode="donot_use_mm_for_euclid_dist")[:, 0]
+    used, row = chosen["code"].unique(return_inverse=True)       # few, of many contexts
+    apart = torch.cdist(loop.codes[used], loop.codes,
+                        compute_mode="donot_use_mm_for_euclid_dist")[row]   # (n, codes)
     lead = {name: _lead(scores[name], chosen[name]) for name in scores}
     # scores differ by the distance from the border times `apart`
     state = (lead["code"] / apart.where(apart > 0, 1)).amin(-1)

@@ -32,7 +32,8 @@ class Recipe:
     weight_decay: float = 0.01
     clip: float = 1.0                       # largest gradient norm
     warmup: int = 0                         # steps over which the learning rate rises to lr
-    # last fraction of the steps, over which it falls to 0.01 lr; without a machine
+    # last fraction of the steps, over which it falls to 0.01 lr; with a machine only if nothing
+    # has been proved by then
     decay: float = 0.0
     # shortest and longest string; a length is drawn uniformly for each step
     lengths: tuple[int, int] = (24, 24)

@@ -3,7 +3,9 @@ several seeds. A run of it is mythos_core/study.ipynb, which trains one variant 
 measures it; `mythos_core.batch` runs the grid of them (see docs/results.md)."""
 import json
 import math
+import re
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from mythos_core.model import OpenMythos
 from mythos_core.parity import answers, make_batch
 from mythos_core.probes import depth_sweep
 from mythos_core.recipes import Recipe, get_recipe, recipe_for
+from mythos_core.tasks import task
 from mythos_core.training import Run
 
 RESULTS = Path(__file__).parent / "results"
@@ -34,14 +37,19 @@ VARIANTS |= _file["others"]
 MEASURED: dict[str, list[str]] = _file["measured"]
 # loops given to strings of each length; a scan gets 2 log2(length)
 LOOPS = {16: 32, 64: 96, 256: 300, 512: 600, 1024: 1100}
+# of a ladder's training: where nothing is proved, the learning rate falls all the same
+LADDER: dict[str, Any] = dict(steps=1200, decay=0.3)
 TOKENS = 2048  # of a pass: what they need between two operations stays in the processor's cache
 
 
 def variant(name: str) -> Recipe:
-    """The recipe of a variant, or "machine NAME" for that of a machine of `machines.machine`;
+    """The recipe of a variant, or "machine NAME" for that of a machine of `machines.machine`, or
+    "task NAME of N" for that of a task of `tasks.task` on what is complete within N elements;
     ValueError listing the names there are."""
     if name.startswith("machine "):
         return recipe_for(machine(name.removeprefix("machine ")))
+    if found := re.fullmatch(r"task (.+) of (\d+)", name):
+        return recipe_for(task(found[1]).bounded(int(found[2])), **LADDER)
     if name not in VARIANTS:
         raise ValueError(f"variant = {name!r}: must be one of {sorted(VARIANTS)}")
     changes: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v
@@ -115,8 +123,8 @@ def accuracy_row(run: Run) -> dict:
 
 
 def load(file: Path) -> list[dict]:
-    """The rows of a batch's results.json, in the order of `VARIANTS` and of `MEASURED` machines,
-    then of seeds."""
+    """The rows of a batch's results.json, in the order of `VARIANTS` and of what is `MEASURED`
+    besides, then of seeds."""
     rows = json.loads(file.read_text(encoding="utf-8"))
-    order = [*VARIANTS, *MEASURED["machines"]]
+    order = [*VARIANTS, *chain(*MEASURED.values())]
     return sorted(rows, key=lambda row: (order.index(row["variant"]), row["seed"]))

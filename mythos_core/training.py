@@ -33,7 +33,15 @@ LEAST_FALL = 50     # steps over which the learning rate falls behind a proof, a
 
 
 class NotProved(RuntimeError):
-    """A recipe's steps are over, and the model is not proved; says what stands against it."""
+    """A recipe's steps are over, and the model is not proved; says what stands against it. `run` is
+    the training: its model as it was left, and the certificate that does not hold."""
+
+    def __init__(self, words: str, run: "Run | None" = None):
+        super().__init__(words)
+        self.run = run
+
+    def __reduce__(self):                # to another process the words alone: it may be a large run
+        return NotProved, self.args
 
 
 @dataclass
@@ -123,7 +131,7 @@ def _conclude(run: Run):
     run.certificate = certify(run.model, run.recipe.machine)
     if not run.certificate.proved:
         raise NotProved(f"{run.recipe.name}, seed {run.seed}: not proved in "
-                        f"{len(run.history)} steps: {run.certificate.reason}")
+                        f"{len(run.history)} steps: {run.certificate.reason}", run)
     run.model = run.certificate.model
 
 

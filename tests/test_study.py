@@ -237,8 +237,8 @@ def test_a_gru_has_the_parameters_of_the_model_it_is_compared_with_and_learns():
 def test_the_measures_name_the_variants_there_are():
     assert study.MEASURED["ablations"] == list(study.VARIANTS)[:len(study.MEASURED["ablations"])]
     named = {name for names in study.MEASURED.values() for name in names}
-    assert {*study.VARIANTS, *study.MEASURED["machines"]} == named
-    assert all(study.variant(name).machine for name in study.MEASURED["machines"])
+    assert set(study.VARIANTS) <= named
+    assert all(study.variant(name).machine for name in named - set(study.VARIANTS))
 
 
 def test_every_variant_was_run_with_five_seeds_and_none_left_out():
