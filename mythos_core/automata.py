@@ -224,7 +224,7 @@ class Machine:
     def _rows(self) -> list[list[tuple[int, int]]]:
         return [list(zip(*row)) for row in zip(self.next_state.tolist(), self.answer.tolist())]
 
-    def following(self, state: int) -> list[tuple[int, int]]:
+    def following(self, state) -> list[tuple]:
         """Next state and answer, letter by letter."""
         return self._rows[state]
 

@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -214,14 +215,14 @@ class Closure:
         self.follows: dict[Context, tuple[int, int]] = {}        # context -> code, answer
         # context, state of the machine behind it, and the answer due: one context and state may be
         # come to by moves with different answers
-        self.seen: set[tuple[Context, int, int]] = set()
+        self.seen: set[tuple[Context, Any, int]] = set()
 
     @torch.no_grad()
     def run(self) -> "Closure":
         """Close the set, one letter longer at a time, unless an answer is wrong or there are too
         many. Where nothing is asked of a move, no string with it is followed."""
         asked = self.asked or Machine.from_table([[0] * self.letters])
-        frontier = {(START, asked.start)}
+        frontier: set[tuple[Context, Any]] = {(START, asked.start)}
         while frontier and not self.wrong and len(self.seen) < MOST_CONTEXTS:
             new = {(self.context(past, b), after, answer) for past, state in frontier
                    for b, (after, answer) in enumerate(asked.following(state))

@@ -9,6 +9,7 @@ states the longer they are: N / 2 for a counter, 2^(N / 2) for a stack of two sy
 """
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -36,7 +37,7 @@ class Task:
     name: str
     symbols: str
     start: tuple
-    following: Callable[[tuple | None], list[tuple]]
+    following: Callable[[Any], list[tuple]]
     size: Callable[[tuple], int]
 
     def bounded(self, elements: int) -> Machine:
@@ -55,9 +56,9 @@ class Task:
 
     def draw(self, batch: int, seq_len: int, generator: torch.Generator
              ) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
-        """Strings that break nothing as long as they can, and their right answers. Half of them fill the memory as far
-        as their length allows, and empty it again; each of the others does so at a share of its
-        positions that is drawn for it, and takes any letter at the rest."""
+        """Strings that break nothing as long as they can, and their right answers. Half of them
+        fill the memory as far as their length allows, and empty it again; each of the others does
+        so at a share of its positions that is drawn for it, and takes any letter at the rest."""
         shares = (2 * torch.rand(batch, generator=generator)).clamp(max=1).tolist()
         rows = [self._draw_one(share, seq_len, generator) for share in shares]
         ids, answers = torch.tensor(rows).unbind(2)

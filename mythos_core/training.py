@@ -30,6 +30,7 @@ SAVE_EVERY = 100    # steps between checkpoints
 EVAL_EVERY = 50     # steps between looks at held-out strings
 CERTIFY_EVERY = 10  # steps between attempts at a proof, once the batches are answered right
 LEAST_FALL = 50     # steps over which the learning rate falls behind a proof, at least
+PATIENCE = 20       # attempts refused behind which it falls without one
 
 
 class NotProved(RuntimeError):
@@ -193,16 +194,21 @@ def _loop(run: Run, optimizer, checkpoint, progress, stopped):
 
 def fall(history: list[dict]) -> tuple[int, int] | None:
     """The first step of the latest fall of the learning rate, and the one after its last;
-    None before the first proof.
+    None before the first.
 
     A fall begins at a proof, and takes as many steps again as led there. Where the proof does not
-    hold at its end, the rate is what it was, and the next proof begins another.
+    hold at its end, the rate is what it was, and the next proof begins another. It begins without a
+    proof too, at the last of `PATIENCE` attempts that were refused: where many moves lead to one
+    state, what they leave may lie too far apart to be rounded to one code, and it is the center
+    loss of a fall that brings it together.
     """
-    span = None
+    span, refused = None, 0
     for row in history:
         done = row["step"] + 1
-        if row.get("proved") and (span is None or done > span[1]):
-            span = done, done + max(LEAST_FALL, done)
+        if "proved" in row and (span is None or done > span[1]):
+            refused += 1
+            if row["proved"] or refused == PATIENCE:
+                span, refused = (done, done + max(LEAST_FALL, done)), 0
     return span
 
 

@@ -319,6 +319,11 @@ def test_the_rate_falls_from_a_proof_for_as_many_steps_and_again_if_the_proof_is
     assert fall(rows((10, False))) is None
     assert fall(rows((10, False), (20, True))) == (20, 40) and fall(rows((2, True))) == (2, 7)
     assert fall(rows((10, True), (20, False), (25, True))) == (25, 50)
+    refused = [(step, False) for step in range(1, 21)]
+    assert fall(rows(*refused[:-1])) is None and fall(rows(*refused)) == (20, 40)
+    again = [(step, False) for step in range(40, 61)]            # the first of them ends the fall
+    assert fall(rows(*refused, *again[:-1], steps=99)) == (20, 40)
+    assert fall(rows(*refused, *again, steps=99)) == (60, 120)
     recipe = replace(get_recipe("parity-extrapolating"), steps=99)
     assert ([learning_rate(recipe, step, (40, 60)) / recipe.lr for step in (39, 40, 50, 59, 60)]
             == pytest.approx([1, 1, 0.525, 0.0975, 1]))
