@@ -38,7 +38,7 @@ MEASURED: dict[str, list[str]] = _file["measured"]
 # loops given to strings of each length; a scan gets 2 log2(length)
 LOOPS = {16: 32, 64: 96, 256: 300, 512: 600, 1024: 1100}
 # of a ladder's training: where nothing is proved, the learning rate falls all the same
-LADDER: dict[str, Any] = dict(steps=1200, decay=0.3)
+LADDER: dict[str, Any] = dict(steps=1000, decay=0.3)
 TOKENS = 2048  # of a pass: what they need between two operations stays in the processor's cache
 
 
