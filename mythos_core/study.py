@@ -115,8 +115,8 @@ def accuracy_row(run: Run) -> dict:
 
 
 def load(file: Path) -> list[dict]:
-    """The rows of a batch's results.json, in the order of `VARIANTS` and of `MEASURED` machines,
-    then of seeds."""
+    """The rows of a batch's results.json, in the order of `VARIANTS` and of the machines in
+    `MEASURED`, then of seeds."""
     rows = json.loads(file.read_text(encoding="utf-8"))
-    order = [*VARIANTS, *MEASURED["machines"]]
+    order = [*VARIANTS, *(name for names in MEASURED.values() for name in names)]
     return sorted(rows, key=lambda row: (order.index(row["variant"]), row["seed"]))
