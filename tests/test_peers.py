@@ -2,6 +2,7 @@
 import json
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import peer
 import pytest
@@ -322,3 +323,21 @@ def test_a_reference_row_is_of_one_training_and_says_why_a_strict_one_is_not_pro
         "proved": False, "reason": "parity, seed 4: not proved"}
     with pytest.raises(ValueError, match="peer = 'theirs': must be one of"):
         reference.reference_row("theirs", asked, 4)
+
+
+def as_line(row):
+    """A published figure as docs/peers.md has it."""
+    figures = "; ".join(f"{model} {value}" for model, value in row["values"].items())
+    return (f"| {row['paper']}, [{row['arxiv']}](https://arxiv.org/abs/{row['arxiv']}), "
+            f"{row['where']} | `{row['machine']}`: {row['task']} | {row['trained']} → "
+            f"{row['tested']} | {figures} | {row['measure']}; {row['runs']} | {row['read']} |")
+
+
+def test_published_figures_are_those_of_the_page():
+    file = study.RESULTS / "published_tasks.json"
+    rows = json.loads(file.read_text(encoding="utf-8"))
+    page = (Path(__file__).parent.parent / "docs" / "peers.md").read_text(encoding="utf-8")
+    table = [line for line in page.splitlines() if line.startswith("| ")][1:]
+    assert table == [as_line(row) for row in rows]
+    for row in rows:
+        assert machine(row["machine"]) and row["values"] and row["read"]
