@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mythos_core.automata import Machine
+from mythos_core.automaton import Machine
 
 
 def mean_loss(logits: Float[Tensor, "n vocab"], targets: Int[Tensor, "n"],

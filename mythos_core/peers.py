@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mythos_core.automata import Machine
+from mythos_core.automaton import Machine
 from mythos_core.losses import handing_on, mean_loss, move_weights
 from mythos_core.model import OpenMythos
 from mythos_core.recipes import Recipe

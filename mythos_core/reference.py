@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from mythos_core.automata import Machine
+from mythos_core.automaton import Machine
 from mythos_core.model import OpenMythos
 from mythos_core.peers import fit, kind
 from mythos_core.probes import depth_sweep

@@ -12,7 +12,7 @@ from conftest import tiny
 from torch import nn
 
 from mythos_core import OpenMythos, from_open_mythos, peers, reference, study
-from mythos_core.automata import Machine
+from mythos_core.automaton import Machine
 from mythos_core.losses import mean_loss, move_weights
 from mythos_core.machines import machine
 from mythos_core.peers import (
