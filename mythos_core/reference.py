@@ -49,12 +49,12 @@ def reference_row(name: str, asked: Machine, seed: int) -> dict:
     recipe = TRAINED[name](asked)
     if not recipe.config.strict:
         model, history = fit(lambda recipe: OpenMythos(recipe.config), recipe, seed)
-        return {"loss": history[-1]["loss"], **by_loops(model, asked)}
+        return {"loss": history[-1]["loss"], "by_loops": by_loops(model, asked)}
     try:
         run = train(recipe, seed, progress=False)
     except NotProved as failed:
         return {"proved": False, "reason": str(failed)}
-    return {"proved": True, "steps": len(run.history), **by_loops(run.model, asked)}
+    return {"proved": True, "steps": len(run.history), "by_loops": by_loops(run.model, asked)}
 
 
 @torch.no_grad()
