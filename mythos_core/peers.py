@@ -84,9 +84,15 @@ class LinearRecurrence(Recurrent):
     """h_i = a(x_i) * h_{i-1} + b(x_i), with a diagonal transition that depends on the letter, as in
     Mamba, and two layers that read an answer off h.
 
+    Rounding the states to one code a state of the machine does not free it of its limits. Say that
+    a letter, f(h) = a * h + b, moves n >= 2 codes c_i in a circle. Then f(c_i) is nearer to c_(i+1)
+    than to c_(i-1), or for n = 2 than to c_i itself. For n >= 3 the sum over i of
+    2 f(c_i) . (c_(i+1) - c_(i-1)) - |c_(i+1)|^2 + |c_(i-1)|^2, each above 0, is 0, since a is real
+    and diagonal. For n = 2 it says -2 (c_1 - c_0) . a * (c_1 - c_0) > 0: some a is below 0.
+
     Args:
-        least: the eigenvalues a are in (least, 1). At 0 no parity of any length can be told in
-            finite precision; at -1 it can (Grazzi et al. 2024, arXiv:2411.12537).
+        least: the eigenvalues a are in (least, 1). At 0 parity cannot be told in finite precision,
+            at -1 it can (Grazzi et al. 2024, arXiv:2411.12537).
     """
 
     def __init__(self, recipe: Recipe, least: float):

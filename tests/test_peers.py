@@ -92,23 +92,42 @@ def test_a_linear_recurrence_sums_what_the_letters_add_times_the_eigenvalues_beh
     assert torch.allclose(model.states(ids), torch.stack(wanted, 1))
 
 
-def test_eigenvalues_above_0_swap_no_two_codes_and_below_0_they_do():
-    """a * (h - h') leans to the side of h - h' where a > 0: the images of two codes lie in the
-    order of the codes, and no letter can swap them, as parity's second does."""
-    one = torch.tensor([2, 2])
-    for _ in range(100):
-        model = LinearRecurrence(PARITY, 0.0)
-        codes = torch.randn(2, model.width)
-        with torch.no_grad():
-            model.a.weight.mul_(20), model.b.weight.mul_(20)
-            after = torch.cdist(model.step(codes, one), codes).argmin(1)
-        assert after.tolist() != [1, 0]
-    model, codes = LinearRecurrence(PARITY, -1.0), torch.tensor([[-1.0], [1.0]])
+def images(model, codes):
+    """Which code the image of each code by letter 2 is nearest to."""
     with torch.no_grad():
-        model.a.weight.zero_(), model.a.bias.fill_(-9), model.b.weight.zero_(), model.b.bias.zero_()
-        codes = codes.expand(2, model.width)
-        after = torch.cdist(model.step(codes, one), codes).argmin(1)
-    assert after.tolist() == [1, 0]
+        after = model.step(codes, torch.full((len(codes),), 2))
+    return torch.cdist(after, codes).argmin(1).tolist()
+
+
+class Dense(LinearRecurrence):
+    """With a whole matrix in place of the diagonal."""
+
+    def step(self, h, ids):
+        return h @ torch.randn(self.width, self.width) + self.b(self.embed(ids))
+
+
+@pytest.mark.parametrize("kind, least, circle", [
+    (LinearRecurrence, 0.0, [1, 0]), (LinearRecurrence, 0.0, [1, 2, 0]),
+    (LinearRecurrence, -1.0, [1, 2, 0]), (LinearRecurrence, -1.0, [1, 2, 3, 0]),
+    (Dense, 0.0, [1, 0]), (Dense, 0.0, [1, 2, 0])])
+def test_what_no_linear_recurrence_does_with_one_code_a_state(kind, least, circle):
+    """Of two codes none swaps them with eigenvalues above 0, and of three or more none moves them
+    in a circle: see `LinearRecurrence`. One that is not diagonal does, by chance."""
+    model, found = kind(PARITY, least), []
+    for _ in range(300):
+        for parameter in (*model.a.parameters(), *model.b.parameters()):
+            nn.init.normal_(parameter, std=0.1)
+        found.append(images(model, torch.randn(len(circle), model.width)))
+    assert (circle in found) == (kind is Dense)
+    assert len(set(map(tuple, found))) > 1 or least == 0
+
+
+def test_eigenvalues_below_0_swap_two_codes():
+    model = LinearRecurrence(PARITY, -1.0)
+    for parameter in (*model.a.parameters(), *model.b.parameters()):
+        nn.init.zeros_(parameter)
+    nn.init.constant_(model.a.bias, -9.0)
+    assert images(model, torch.tensor([[-1.0], [1.0]]).expand(2, model.width)) == [1, 0]
 
 
 def test_a_transformer_reads_all_positions_before_once():
