@@ -33,7 +33,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mythos_core import attention
-from mythos_core.automata import NOT_ASKED
+from mythos_core.automaton import NOT_ASKED
 from mythos_core.machines import Machine, minimal
 from mythos_core.model import OpenMythos
 from mythos_core.tasks import Task

@@ -1,10 +1,12 @@
 """What a training minimises, and the means that states are handed on as."""
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mythos_core.automata import Machine
+from mythos_core.automaton import Machine
 
 
 def mean_loss(logits: Float[Tensor, "n vocab"], targets: Int[Tensor, "n"],
@@ -27,6 +29,18 @@ def means_by(h: Float[Tensor, "n dim"], label: Int[Tensor, "n"]) -> Float[Tensor
     _, group = label.unique(return_inverse=True)
     sums = h.new_zeros(int(group.max()) + 1, h.shape[1]).index_add(0, group, h)
     return (sums / group.bincount().unsqueeze(1))[group]
+
+
+def handing_on(share: float, label: Int[Tensor, "batch seq"]) -> Callable:
+    """What positions read in place of the states before them, as `RecurrentBlock.settle` asks for
+    it: for this share of the states, drawn anew each time, the mean of those with their label. So
+    it will be once states are rounded."""
+    def hand_on(h: Tensor, position: int) -> Tensor:                 # (batch, some, dim)
+        common = torch.rand(len(h), 1, 1, device=h.device) < share
+        own = label[:, position:position + h.shape[1]]
+        return torch.where(common, means_by(h.flatten(0, 1), own.flatten()).view_as(h), h)
+
+    return hand_on
 
 
 def center_loss(h: Float[Tensor, "batch seq dim"],

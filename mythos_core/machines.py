@@ -13,7 +13,7 @@ from automata.base.exceptions import AutomatonException, RegexException
 from automata.fa.dfa import DFA
 from automata.fa.nfa import NFA
 
-from mythos_core.automata import Machine, minimal
+from mythos_core.automaton import Machine, minimal
 from mythos_core.groups import group
 
 # elements of a group that are all letters of its machine; of a larger one, its generators are

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mythos_core.automata import NOT_ASKED, Machine, minimal
+from mythos_core.automaton import NOT_ASKED, Machine, minimal
 
 BROKEN = 3                       # from the first letter on that makes it no string of the language
 NOT_YET, FIRST_SYMBOL = 1, 2     # of tasks that answer with a string: while it is read; behind it

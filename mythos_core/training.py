@@ -18,10 +18,10 @@ import torch
 from tqdm.auto import tqdm
 
 from mythos_core import figures
-from mythos_core.automata import NOT_ASKED
+from mythos_core.automaton import NOT_ASKED
 from mythos_core.certificate import Certificate, certify
 from mythos_core.checkpoint import load, save, whole_steps
-from mythos_core.losses import center_loss, mean_loss, means_by, move_weights, ponder
+from mythos_core.losses import center_loss, handing_on, mean_loss, move_weights, ponder
 from mythos_core.machines import machine
 from mythos_core.model import OpenMythos
 from mythos_core.provenance import commit
@@ -273,17 +273,10 @@ def _looped(run: Run, ids, n_loops):
 
 
 def _settled(run: Run, ids):
-    """Logits of the settled states, and what is added to their loss. Half of the states are handed
-    on as what their machine state has in common: as they will be once they are rounded."""
+    """Logits of the settled states, and what is added to their loss."""
     model, recipe, span = run.model, run.recipe, fall(run.history)
     ctx, states = model.context(ids), recipe.machine.outcomes(ids)
-
-    def hand_on(h, position):
-        common = torch.rand(len(h), 1, 1, device=h.device) < recipe.handed_on
-        label = states[:, position:position + h.shape[1]]
-        return torch.where(common, means_by(h.flatten(0, 1), label.flatten()).view_as(h), h)
-
-    h = model.recurrent.settle(model.encode(ids, ctx), hand_on)
+    h = model.recurrent.settle(model.encode(ids, ctx), handing_on(recipe.handed_on, states))
     falling = span is not None and span[0] <= len(run.history) < span[1]
     return model.decode(h, ctx), recipe.center_loss * center_loss(h, states) if falling else 0.0
 

@@ -115,8 +115,8 @@ def test_committed_rows_are_of_the_recipes_there_are(committed):
             assert ({f'variant="{row["variant"]}"', f"seed={row['seed']}"}
                     <= set(shlex.split(row["command"])))
         assert len(row["commit"]) == 40 and {"python", "torch", "numpy"} == set(row["versions"])
-    assert (len({(row["variant"], row["seed"], row.get("arithmetic")) for row in committed})
-            == len(committed))
+    assert (len({(row["variant"], row["seed"], row.get("arithmetic"), row.get("peer"))
+                 for row in committed}) == len(committed))
 
 
 def test_every_proof_that_was_tried_is_kept_and_none_is_contradicted():

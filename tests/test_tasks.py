@@ -10,7 +10,7 @@ import torch
 from test_study import measures
 
 from mythos_core import OpenMythos, certificate, study
-from mythos_core.automata import NOT_ASKED, Machine
+from mythos_core.automaton import NOT_ASKED, Machine
 from mythos_core.certificate import Closure, certify
 from mythos_core.machines import machine
 from mythos_core.tasks import TASKS, Task, task
