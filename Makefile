@@ -13,7 +13,7 @@ NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=300
 test test-notebooks publish: export OMP_NUM_THREADS := 1
 
 .PHONY: tutorial test test-notebooks test-arithmetics test-browser test-colab test-wheel \
-        test-floors test-python bench lab site publish lint clean
+        test-floors test-python gpu bench lab site publish lint clean
 
 $(VENV)/installed: requirements.txt $(CONSTRAINTS) pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -63,6 +63,21 @@ test-python: build/newest.txt
 
 build/newest.txt:
 	mkdir -p build
+	touch $@
+
+# With the PyTorch that PYTHON has: its packages are seen, and only what is missing is installed.
+GPU := build/gpu-env
+CUDA := import torch; raise SystemExit(not torch.cuda.is_available())
+gpu:
+	@if $(PYTHON) -c "$(CUDA)"; then $(MAKE) $(GPU)/installed && $(GPU)/bin/python tests/gpu.py; \
+	else echo "$(PYTHON) has no PyTorch that finds a CUDA device: nothing to do"; fi
+
+$(GPU)/installed: requirements.txt
+	$(PYTHON) -m venv $(GPU)
+	$(PYTHON) -c "import site; print(*site.getsitepackages(), sep='\n')" \
+	    > $$(echo $(GPU)/lib/python*/site-packages)/beside.pth
+	$(GPU)/bin/python -m pip install --quiet -r requirements.txt
+	$(GPU)/bin/python -m pip install --quiet --no-deps -e . open-mythos==0.5.0
 	touch $@
 
 bench: $(VENV)/installed

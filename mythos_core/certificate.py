@@ -202,7 +202,8 @@ class Closure:
 
     def __init__(self, model: OpenMythos, letters: int, asked: Machine | Task | None = None):
         self.model, self.letters, self.asked = model, letters, asked
-        self.judge = _with_codes(model, model.recurrent.codes).double()
+        # on the CPU: not every device has float64
+        self.judge = _with_codes(model, model.recurrent.codes).cpu().double()
         self.length, self.wrong, self.closed = 0, 0, False
         self.left_out = isinstance(asked, Machine) and bool((asked.answer == NOT_ASKED).any())
         c = model.config
@@ -263,10 +264,8 @@ class Closure:
         for _, same in groupby(sizes, key=lambda context: (len(context[0]), len(context[1]))):
             same = list(same)
             for part in (same[i:i + PART] for i in range(0, len(same), PART)):
-                device = self.model.embed.weight.device
-                tokens = torch.tensor([context[0] for context in part], device=device)
-                before = torch.tensor([context[1] for context in part], dtype=torch.int64,
-                                      device=device)
+                tokens = torch.tensor([context[0] for context in part])
+                before = torch.tensor([context[1] for context in part], dtype=torch.int64)
                 read = (tokens, before.view(len(part), -1), self.read)
                 chosen, exact = _evaluate(self.judge, *read)
                 _, own = _evaluate(self.model, *read, chosen)
@@ -285,8 +284,11 @@ def _evaluate(model, tokens: Int[Tensor, "n tokens"], before: Int[Tensor, "n pos
     """What the last position of each context chooses, its code, answer and experts, and the margin
     of each choice: how far the state is inside its code's cell, the answer's logit ahead of the
     next, and the experts' router logits ahead of the best one left out. Given what was `chosen`
-    elsewhere, the margins are of that, and may be below 0.
+    elsewhere, the margins are of that, and may be below 0. The model works on its device; what is
+    given and returned is on the CPU.
     """
+    device = model.embed.weight.device
+    tokens, before = tokens.to(device), before.to(device)
     loop, window, k = model.recurrent, model.config.window, model.config.n_experts_per_tok
     past = loop.codes[before]                                    # (n, positions, dim)
     e = model.encode(tokens, _plain(model, tokens))[:, -window:]
@@ -298,20 +300,28 @@ def _evaluate(model, tokens: Int[Tensor, "n tokens"], before: Int[Tensor, "n pos
     h = loop.last(z, e[:, -1:])
     hook.remove()
     scores = {"code": loop.code_scores(h)[:, 0], "experts": routed[0] + loop.block.ffn.router_bias}
-    chosen = chosen or {"code": scores["code"].argmax(-1),
-                        "experts": scores["experts"].topk(k, -1).indices}
+    if chosen is None:
+        chosen = {"code": scores["code"].argmax(-1),
+                  "experts": scores["experts"].topk(k, -1).indices}
+    chosen = {name: choice.to(device) for name, choice in chosen.items()}
     own = loop.codes[chosen["code"]].unsqueeze(1)                # (n, 1, dim)
     states = torch.cat([past, own], 1)[:, -1 - read:]
     scores["answer"] = model.decode(states, _plain(model, states))[:, -1]
     chosen = {"answer": scores["answer"].argmax(-1), **chosen}
     used, row = chosen["code"].unique(return_inverse=True)       # few, of many contexts
-    apart = torch.cdist(loop.codes[used], loop.codes,
+    codes = loop.codes.to(torch.promote_types(h.dtype, torch.float32))  # bfloat16 has no cdist
+    apart = torch.cdist(codes[used], codes,
                         compute_mode="donot_use_mm_for_euclid_dist")[row]   # (n, codes)
     lead = {name: _lead(scores[name], chosen[name]) for name in scores}
     # scores differ by the distance from the border times `apart`
     state = (lead["code"] / apart.where(apart > 0, 1)).amin(-1)
-    return chosen, {"state": state, "logit": lead["answer"].amin(-1),
-                    "routing": lead["experts"].amin(-1)}
+    margins = {"state": state, "logit": lead["answer"].amin(-1),
+               "routing": lead["experts"].amin(-1)}
+    return _on_cpu(chosen), _on_cpu(margins)
+
+
+def _on_cpu(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.cpu() for name, x in found.items()}
 
 
 def _plain(model, x: Tensor) -> attention.Context:

@@ -226,4 +226,8 @@ def _sample(logits, temperature, top_k, generator):
         return logits.argmax(-1, keepdim=True)
     top_k = min(top_k, logits.shape[-1]) or logits.shape[-1]
     top, tokens = (logits / temperature).topk(top_k, -1)
-    return tokens.gather(-1, torch.multinomial(top.softmax(-1), 1, generator=generator))
+    share = top.softmax(-1)
+    if generator is not None:                                    # which draws on its own device
+        share = share.to(generator.device)
+    chosen = torch.multinomial(share, 1, generator=generator)
+    return tokens.gather(-1, chosen.to(tokens.device))

@@ -136,22 +136,24 @@ def budgeted(recipe: Recipe) -> Recipe:
                    decay=0.5)
 
 
-def fit(make: Callable[[Recipe], Model], recipe: Recipe, seed: int) -> tuple[Model, list[dict]]:
+def fit(make: Callable[[Recipe], Model], recipe: Recipe, seed: int,
+        device=None) -> tuple[Model, list[dict]]:
     """Train a model of any kind for the recipe's steps: its optimiser, batches and loss, with every
     position scored; nothing is proved on the way.
 
     Returns:
-        The model, and one row a step: step, loss, token accuracy; of a recurrent one, every tenth
-        step whose batch is answered right, `rows`: how many its proof has, None if there is none.
+        The model, on the CPU, and one row a step: step, loss, token accuracy; of a recurrent one,
+        every tenth step whose batch is answered right, `rows`: how many its proof has, None if
+        there is none.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model, history = make(recipe), []
+        model, history = make(recipe).to(device), []
         optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, recipe.betas,
                                       weight_decay=recipe.weight_decay, fused=True)
         for step in range(recipe.steps):
             optimizer.param_groups[0]["lr"] = learning_rate(recipe, step)
-            loss, accuracy = _step(model.train(), recipe, *draw(recipe, step))
+            loss, accuracy = _step(model.train(), recipe, *draw(recipe, step), device)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
@@ -160,13 +162,14 @@ def fit(make: Callable[[Recipe], Model], recipe: Recipe, seed: int) -> tuple[Mod
             due = (step + 1) % CERTIFY_EVERY == 0 and accuracy > 0.99 and recipe.machine is not None
             if due and isinstance(model, Recurrent):
                 history[-1]["rows"] = rows_of(model, recipe.machine)
-    return model.eval(), history
+    return model.cpu().eval(), history
 
 
-def _step(model, recipe: Recipe, length: int, n_loops: int | None) -> tuple[Tensor, float]:
+def _step(model, recipe: Recipe, length: int, n_loops: int | None,
+          device=None) -> tuple[Tensor, float]:
     """Loss and token accuracy of one batch. Of a recurrent model half of the states are handed on
     as means, if the recipe says so, as `training.train` does with those of a strict loop."""
-    ids, targets = recipe.make_batch(recipe.batch, length, strings=recipe.strings)
+    ids, targets = recipe.make_batch(recipe.batch, length, strings=recipe.strings, device=device)
     if recipe.handed_on and isinstance(model, Recurrent):
         hand_on = handing_on(recipe.handed_on, recipe.machine.outcomes(ids))
         logits = model.answer(model.states(ids, hand_on))
@@ -189,10 +192,11 @@ def rows_of(model: Recurrent, asked: Machine) -> int | None:
     """
     codes = _codes(model, asked)
     reads, answers = torch.cat([torch.zeros_like(codes[:1]), codes]), model.answer(codes).argmax(-1)
+    letters = torch.arange(1, asked.letters + 1, device=codes.device)
     code = torch.stack([                                         # (1 + codes, letters), from 0
-        torch.cdist(model.step(reads, torch.full((len(reads),), letter + 1)), codes).argmin(1)
-        for letter in range(asked.letters)], 1)
-    right = answers[code][:, None] == asked.answer               # (1 + codes, states, letters)
+        torch.cdist(model.step(reads, letter.expand(len(reads))), codes).argmin(1)
+        for letter in letters], 1).cpu()
+    right = answers.cpu()[code][:, None] == asked.answer         # (1 + codes, states, letters)
     seen, todo = {(0, asked.start)}, [(0, asked.start)]
     for read, state in todo:
         if not right[read, state].all():
@@ -206,11 +210,12 @@ def rows_of(model: Recurrent, asked: Machine) -> int | None:
 
 def _codes(model: Recurrent, asked: Machine) -> Float[Tensor, "codes width"]:
     """Mean states of strings of 16 elements, by the state to go on from and the answer to give."""
-    ids = asked.make_batch(max(256, 16 * len(asked)), 16, torch.Generator().manual_seed(0),
+    device = next(model.parameters(), torch.empty(0)).device
+    ids = asked.make_batch(max(256, 16 * len(asked)), 16, torch.Generator().manual_seed(0), device,
                            strings=kind(asked))[0]
     h, (values, label) = model.states(ids).flatten(0, 1), asked.outcomes(ids).unique(
         return_inverse=True)
-    sums = torch.zeros(len(values), h.shape[1]).index_add(0, label.flatten(), h)
+    sums = h.new_zeros(len(values), h.shape[1]).index_add(0, label.flatten(), h)
     return sums / label.flatten().bincount().unsqueeze(1)
 
 
@@ -235,13 +240,13 @@ def accuracy(model: nn.Module, asked: Machine, strings: int = 32) -> dict:
     return row
 
 
-def peer_row(name: str, recipe: Recipe, seed: int) -> dict:
+def peer_row(name: str, recipe: Recipe, seed: int, device=None) -> dict:
     """One of the `PEERS`, trained on a machine's strings: its accuracy, its states not rounded; and
     of a recurrent one, the step at which its rows were first closed, and how many there are at the
     end of training (None: not closed)."""
     if name not in PEERS:
         raise ValueError(f"peer = {name!r}: must be one of {sorted(PEERS)}")
-    model, history = fit(PEERS[name], budgeted(recipe), seed)
+    model, history = fit(PEERS[name], budgeted(recipe), seed, device)
     row = {"steps": len(history), "loss": history[-1]["loss"], "parameters": count(model),
            **accuracy(model, recipe.machine)}
     if not isinstance(model, Recurrent):

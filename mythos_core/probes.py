@@ -1,7 +1,8 @@
 """Measurements on a model: sizes, cache bytes, spectra, depth sweeps, halting maps, expert use.
 
 What happens inside the loop is seen through the observer that `OpenMythos.forward` takes; nothing
-is patched.
+is patched. A model and its ids may be on any device; what is measured of them comes back on the
+CPU.
 """
 from collections import Counter
 from dataclasses import dataclass
@@ -121,7 +122,7 @@ def depth_sweep(model: OpenMythos, ids: Int[Tensor, "batch seq"],
                      model.decode(record.output, ctx).argmax(-1) == targets))
     ran = len(correct)
     correct += correct[-1:] * (n_loops - ran)
-    return DepthSweep(torch.stack(correct), torch.arange(1, n_loops + 1).clamp(max=ran))
+    return DepthSweep(torch.stack(correct).cpu(), torch.arange(1, n_loops + 1).clamp(max=ran))
 
 
 @dataclass(frozen=True)
@@ -144,8 +145,8 @@ def halting_map(model: OpenMythos, ids: Int[Tensor, "batch seq"], n_loops: int) 
     model.eval()(ids, n_loops,
                  observer=lambda record: records.append((record.halt_probability,
                                                          record.halt_weight)))
-    probability, weight = (torch.stack(x) for x in zip(*records))
-    loop = torch.arange(1, len(records) + 1, device=ids.device)[:, None, None]
+    probability, weight = (torch.stack(x).cpu() for x in zip(*records))
+    loop = torch.arange(1, len(records) + 1)[:, None, None]
     return HaltingMap(probability, weight, ((weight > 0) * loop).amax(0), len(records))
 
 
@@ -158,7 +159,7 @@ def expert_load(model: OpenMythos, ids: Int[Tensor, "batch seq"],
                  observer=lambda record: loads.append(
                      torch.nn.functional.one_hot(record.expert_ids,
                                                  model.config.n_experts).sum((0, 2))))
-    return torch.stack(loads)
+    return torch.stack(loads).cpu()
 
 
 def _by_expert(load: Tensor) -> Float[Tensor, "experts"]:
@@ -185,7 +186,7 @@ def state_norms(model: OpenMythos, ids: Int[Tensor, "batch seq"],
     norms = []
     model.eval()(ids, n_loops,
                  observer=lambda record: norms.append(record.h.float().norm(dim=-1).mean()))
-    return torch.stack(norms)
+    return torch.stack(norms).cpu()
 
 
 def loop_map(model: OpenMythos, ids: Int[Tensor, "batch seq"], n_loops: int):

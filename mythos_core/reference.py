@@ -41,20 +41,20 @@ TRAINED: dict[str, Callable[[Machine], Recipe]] = {
     "strict": strict}
 
 
-def reference_row(name: str, asked: Machine, seed: int) -> dict:
+def reference_row(name: str, asked: Machine, seed: int, device=None) -> dict:
     """What more loops do to one of `TRAINED`; of a strict model only if it could be proved, else
     why not."""
     if name not in TRAINED:
         raise ValueError(f"peer = {name!r}: must be one of {sorted(TRAINED)}")
     recipe = TRAINED[name](asked)
     if not recipe.config.strict:
-        model, history = fit(lambda recipe: OpenMythos(recipe.config), recipe, seed)
+        model, history = fit(lambda recipe: OpenMythos(recipe.config), recipe, seed, device)
         return {"loss": history[-1]["loss"], "by_loops": by_loops(model, asked)}
     try:
-        run = train(recipe, seed, progress=False)
+        run = train(recipe, seed, device, progress=False)
     except NotProved as failed:
         return {"proved": False, "reason": str(failed)}
-    return {"proved": True, "steps": len(run.history), "by_loops": by_loops(run.model, asked)}
+    return {"proved": True, "steps": len(run.history), "by_loops": by_loops(run.model.cpu(), asked)}
 
 
 @torch.no_grad()

@@ -77,7 +77,8 @@ def loops_for(recipe: Recipe, length: int) -> int:
 def right(model: OpenMythos, ids: Int[Tensor, "batch seq"],
           loops: list[int]) -> Bool[Tensor, "loops batch seq"]:
     """Which answers are right after each of these numbers of loops, from one pass of the
-    largest."""
+    largest; on the CPU."""
+    ids = ids.to(model.embed.weight.device)
     if ids.numel() > TOKENS and len(ids) > 1:
         return torch.cat([right(model, part, loops)
                           for part in ids.split(max(1, TOKENS // ids.shape[1]))], 1)
@@ -91,7 +92,7 @@ def right(model: OpenMythos, ids: Int[Tensor, "batch seq"],
     model.eval()(ids, max(loops), observer=look)
     ctx = model.context(ids)  # a model that halted before has its last answer at all later loops
     read = [model.decode(outputs.get(n, outputs["last"]), ctx).argmax(-1) for n in loops]
-    return torch.stack(read) == answers(ids)
+    return (torch.stack(read) == answers(ids)).cpu()
 
 
 def fresh_strings(length: int, strings: int = 16) -> Int[Tensor, "strings length"]:

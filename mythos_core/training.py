@@ -11,6 +11,7 @@ import shlex
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -137,20 +138,22 @@ def _conclude(run: Run):
     run.model = run.certificate.model
 
 
-def train_all(jobs: list[tuple[Recipe | str, int]], progress: bool = True) -> list[Run]:
+def train_all(jobs: list[tuple[Recipe | str, int]], progress: bool = True,
+              device=None) -> list[Run]:
     """The runs of several (recipe, seed), in the order given: one for each of torch's
     threads at a time, in fresh processes of one thread each, so that the numbers do not
     depend on the machine's cores."""
-    with ProcessPoolExecutor(torch.get_num_threads(), get_context("spawn")) as pool:
-        return [pickle.loads(run) for run in tqdm(pool.map(_train_alone, *zip(*jobs)),
-                                                  total=len(jobs), unit="run",
+    workers = min(len(jobs), torch.get_num_threads())
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        runs = pool.map(partial(_train_alone, device=device), *zip(*jobs))
+        return [pickle.loads(run) for run in tqdm(runs, total=len(jobs), unit="run",
                                                   disable=not progress)]
 
 
-def _train_alone(recipe: Recipe | str, seed: int) -> bytes:
+def _train_alone(recipe: Recipe | str, seed: int, device) -> bytes:
     """A run pickled: tensors as numbers, not as handles on memory that ends with this process."""
     torch.set_num_threads(1)
-    return pickle.dumps(train(recipe, seed, progress=False))
+    return pickle.dumps(train(recipe, seed, device, progress=False))
 
 
 def provenance(run: Run) -> dict:
@@ -314,7 +317,7 @@ def held_out(model: OpenMythos, recipe: Recipe, batch: int = 256) -> float:
     ids, targets = recipe.make_batch(batch, recipe.lengths[1], generator, model.embed.weight.device)
     n_loops = recipe.loops and recipe.loops[1]
     right = (model.eval()(ids, n_loops).argmax(-1) == targets) | (targets == NOT_ASKED)
-    return right.all(1).float().mean().item()
+    return right.all(1).cpu().float().mean().item()  # on a GPU a mean of ones may be below 1
 
 
 def pace(recipe: Recipe, device=None) -> float:

@@ -327,10 +327,10 @@ def test_the_peak_is_at_the_fewest_loops_with_the_best_share(monkeypatch):
 
 
 def test_a_reference_row_is_of_one_training_and_says_why_a_strict_one_is_not_proved(monkeypatch):
-    def brief(make, recipe, seed):
+    def brief(make, recipe, seed, device):
         return make(recipe).eval(), [{"loss": recipe.loops[0] + seed}]
 
-    def unproved(recipe, seed, progress):
+    def unproved(recipe, seed, device, progress):
         raise NotProved(f"{recipe.name}, seed {seed}: not proved")
 
     monkeypatch.setattr(reference, "fit", brief)

@@ -107,13 +107,15 @@ def peak_bytes(work) -> int:
                    if event.get("name") == "[memory]")
 
 
-def description() -> dict:
+def description(device) -> dict:
     """The machine: its processor, the threads torch takes, versions, and its rate of matrix
-    products by number of threads."""
+    products by number of threads; of a GPU its name and rate."""
     rates = {}
     for number in (1, None):
         with threads(number) as count:
             rates[count] = matrix_rate("cpu", count) / 1e9
+    if device == "cuda":
+        rates[torch.cuda.get_device_name()] = matrix_rate(device, None) / 1e9
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]

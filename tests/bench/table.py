@@ -44,13 +44,14 @@ class Row:
                                      else self.ratio >= self.bar))
 
 
-def write(rows: list[Row]):
-    """figures/bench.json, numbers to 4 digits; docs/bench.md quotes it."""
+def write(rows: list[Row], device: str):
+    """bench.json, which docs/bench.md quotes, or bench_cuda.json; numbers to 4 digits."""
     def plain(row):
         return {key: float(f"{value:.4g}") if isinstance(value, float) else value
                 for key, value in row.items()}
-    table = {"machine": machine.description(),
+    table = {"machine": machine.description(device),
              "rows": [{**plain(asdict(row)), "reached": row.reached} for row in rows]}
     figures.folder().mkdir(parents=True, exist_ok=True)
     content = json.dumps(table, indent=1) + "\n"
-    (figures.folder() / "bench.json").write_text(content, encoding="utf-8")
+    name = "bench.json" if device == "cpu" else f"bench_{device}.json"
+    (figures.folder() / name).write_text(content, encoding="utf-8")
