@@ -422,6 +422,25 @@ def test_a_run_ends_at_its_time_limit_alone(tmp_path, no_report, capsys):
     assert {run["parameters"]["seed"]: run["seconds"] > 4 for run in runs} == {0: False, 1: True}
 
 
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_kernel_that_died_as_it_started_is_started_once_more(tmp_path, monkeypatch, failures):
+    notebook = Path(write(tmp_path / "starts.ipynb", ("seed = 0", "parameters"), ("seed + 1",)))
+    (tmp_path / "out").mkdir()
+    (job,) = planning.plan([notebook], [{"seed": 1}], tmp_path / "out", 1)
+    original, tried = running.papermill.execute_notebook, []
+
+    def execute(*arguments, **options):
+        tried.append(1)
+        if len(tried) <= failures:
+            raise RuntimeError(running.NO_START)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(running.papermill, "execute_notebook", execute)
+    error = running.run(job)["error"]
+    assert len(tried) == 2
+    assert error is None if failures == 1 else running.NO_START in error
+
+
 def test_what_a_system_without_proc_and_process_groups_can_do(tmp_path, monkeypatch):
     """As macOS and Windows: the memory of a process, and an end to it and to what it started."""
     def no_proc(path, encoding):

@@ -35,6 +35,10 @@ class Literals(PythonTranslator):
 
 
 papermill_translators.register("python3", Literals)
+
+# nbclient's words for a kernel that ends as it starts. Ports are chosen before they are taken, so
+# of many kernels that start together one may find its own taken.
+NO_START = "Kernel died before replying to kernel_info"
 # It warns of parameters that it cannot find in the cell; `plan` has looked for them.
 logging.getLogger("papermill").setLevel(logging.ERROR)
 
@@ -83,6 +87,8 @@ def execute(job: Job, folder: Path) -> tuple[BaseException | None, float | None]
                 open(folder / "log.txt", "wb") as log:
             manager = _kernel_manager(job, log)
             error = _papermill(job, folder / "notebook.ipynb", stdout, manager)
+            if str(error).startswith(NO_START):                  # no cell ran: once more
+                error = _papermill(job, folder / "notebook.ipynb", stdout, manager)
         return error, manager.peak
     finally:
         if KERNELS.pop(job.folder, -1) == -1:
