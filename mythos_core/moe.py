@@ -94,13 +94,15 @@ class MoE(nn.Module):
         """Whether to sort the tokens by expert: where that is cheaper. Not for a strict model's
         answers: a token's place among those of its expert, and with it the rounding, hangs on where
         the other tokens go, and "nothing changed" would never come. Nor while a graph is traced,
-        but of bfloat16: of the grouped product torch knows no other dtype's shape."""
+        but of bfloat16: of the grouped product torch knows no other dtype's shape; and on CUDA it
+        makes of another dtype one product for each expert, for which the host has to wait."""
         c = self.config
         # channels; few cost less than copies of a token do
         idle = (c.n_experts - c.n_experts_per_tok) * c.expert_dim
         cheaper = x.numel() * idle > SORTING and idle > 40 * c.n_experts_per_tok
-        known = x.dtype == torch.bfloat16 or not torch.compiler.is_compiling()
-        known = known and x.dtype != torch.float64 and x.device.type in ("cpu", "cuda")
+        bfloat16, on_cpu = x.dtype == torch.bfloat16, x.device.type == "cpu"
+        other = on_cpu and x.dtype != torch.float64 and not torch.compiler.is_compiling()
+        known = other or (bfloat16 and (on_cpu or x.device.type == "cuda"))
         return cheaper and known and (self.training or not c.strict)
 
     def _dense(self, x, ids, gates):
