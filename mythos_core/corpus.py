@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 from torch import Tensor
 
 SPLITS = ("train", "validation", "test")
@@ -48,7 +48,7 @@ class Corpus:
         return {"name": self.name, "sha256": self.fingerprint, "dropped": self.dropped,
                 **{split: len(getattr(self, split)) for split in SPLITS}}
 
-    def numbers(self, split: str) -> Int[Tensor, "bytes"]:
+    def numbers(self, split: str) -> UInt8[Tensor, "bytes"]:
         """The bytes of a split as uint8."""
         return torch.frombuffer(bytearray(getattr(self, split)), dtype=torch.uint8)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mythos_core.cache import KVCache
@@ -31,6 +31,7 @@ from mythos_core.training import EVAL_EVERY, Run, provenance, train
 
 CONTEXT = 128   # bytes of a window
 LOOPS = 8       # that a looped model is trained with, or at most
+NEAR = 0.01     # relative distance from its end at which a state counts as near it
 AT_ONCE = 64    # windows of a pass, when models are measured
 
 #: What each arm changes: in the recipe, and by "config." in the model. But for the last one all
@@ -76,7 +77,7 @@ def language_recipe(arm: str, corpus: Corpus, dim: int = 128, steps: int = 700,
     if arm == "unlooped-deep":
         config = replace(config, prelude_layers=equal_compute_layers(config))
     training: dict[str, Any] = dict(
-        steps=steps, batch=16, lr=2e-3, betas=(0.9, 0.98), warmup=50, decay=0.8,
+        steps=steps, batch=16, lr=3e-3, betas=(0.9, 0.98), warmup=50, decay=0.8,
         lengths=(CONTEXT, CONTEXT), loops=(1, LOOPS), strings="train")
     return Recipe(arm, config, corpus=corpus, **{
         **training, **{name: tuple(value) if isinstance(value, list) else value
@@ -126,11 +127,10 @@ def bits_one_loop(model: OpenMythos, ids: Int[Tensor, "windows seq"],
 
 @torch.no_grad()
 def settling(model: OpenMythos, ids: Int[Tensor, "windows seq"]
-             ) -> tuple[Float[Tensor, "loops seq"], Int[Tensor, "windows seq"]]:
-    """Of a strict model: ||h_t - h_T|| / ||h_T|| for t = 1 .. T, with T the length, by position in
-    the mean over windows; and the loops after which a position, and all before it, is as it
-    stays: bit for bit, or with the carry to rounding. Without the carry h_T is the fixed point,
-    exactly."""
+             ) -> tuple[Float[Tensor, "loops windows seq"], Int[Tensor, "windows seq"]]:
+    """Of a strict model: ||h_t - h_T|| / ||h_T|| of each position for t = 1 .. T, with T the
+    length; and the loops after which a position, and all before it, is as it stays: bit for
+    bit, or with the carry to rounding. Without the carry h_T is the fixed point, exactly."""
     states, settled = [], []
 
     def look(record):
@@ -139,8 +139,13 @@ def settling(model: OpenMythos, ids: Int[Tensor, "windows seq"]
 
     model.eval()(ids, ids.shape[1], observer=look)
     end = states[-1]
-    distance = torch.stack([((h - end).norm(dim=-1) / end.norm(dim=-1)).mean(0) for h in states])
+    distance = torch.stack([(h - end).norm(dim=-1) / end.norm(dim=-1) for h in states])
     return distance, len(settled) - torch.stack(settled).sum(0)
+
+
+def loops_until(holds: Bool[Tensor, "loops windows seq"]) -> Int[Tensor, "windows seq"]:
+    """Loops from which on it holds to the end; one more than there are if it does not then."""
+    return len(holds) + 1 - holds.long().flip(0).cumprod(0).sum(0)
 
 
 def measures(run: Run, model: OpenMythos, most: int | None = None) -> dict:
@@ -151,11 +156,12 @@ def measures(run: Run, model: OpenMythos, most: int | None = None) -> dict:
     - `unrounded`: bits of the weights as trained, in float32, at `trained_loops`;
     - `one_loop` of a strict model: bits with one loop for each byte behind a settled cache, on the
       first windows, `all_loops` on the same ones, and the largest difference at any byte;
-    - `distance`, `settled_after` of a strict model: `settling`, the mean over positions and over
-      windows;
+    - `distance`, `settled_after` of a strict model: `settling`, in the mean over bytes, and over
+      windows by position; `near_after`: the same of the loops from which on it is within `NEAR`;
     - `stopped_after` of one with ACT: loops until a position halts, of at most `LOOPS`, its mean by
       position;
-    - `expert_entropy`: of the loads, 1 = even; `text`: 96 bytes that the model goes on with.
+    - `expert_entropy`: of the loads, 1 = even; `text`: a quarter of a window, and how the
+      model goes on.
     """
     corpus, device = run.recipe.corpus, model.embed.weight.device
     ids, targets = corpus.windows("test", CONTEXT, most, device)
@@ -168,7 +174,7 @@ def measures(run: Run, model: OpenMythos, most: int | None = None) -> dict:
         "best_loops": loops[best], "best": by_loops[best], "beyond": by_loops[-1] - by_loops[best],
         "unrounded": bits_by_loops(run.model, ids, targets, [trained]).mean().item(),
         "expert_entropy": load_entropy(expert_load(model, some, trained)),
-        "text": continuation(model, some[:1, :32], trained)}
+        "text": continuation(model, some[:1, :CONTEXT // 4], trained, CONTEXT - CONTEXT // 4)}
     if model.config.strict:
         row |= _strict_measures(model, some, targets[:AT_ONCE])
     if model.recurrent.act is not None:
@@ -182,12 +188,13 @@ def _strict_measures(model, ids, targets) -> dict:
     distance, settled_after = settling(model, ids)
     return {"one_loop": one.mean().item(), "all_loops": every.mean().item(),
             "largest_difference": (one - every[0]).abs().max().item(),
-            "distance": distance.mean(1).tolist(),
+            "distance": distance.mean((1, 2)).tolist(),
+            "near_after": loops_until(distance < NEAR).float().mean(0).tolist(),
             "settled_after": settled_after.float().mean(0).tolist()}
 
 
 def continuation(model: OpenMythos, prompt: Int[Tensor, "one seq"], n_loops: int,
-                 new_bytes: int = 96) -> str:
+                 new_bytes: int) -> str:
     """The prompt and so many bytes drawn behind it, seed 0; bytes that are no UTF-8 as U+FFFD."""
     generator = torch.Generator(prompt.device).manual_seed(0)
     out = model.generate(prompt, new_bytes, n_loops, generator=generator)
