@@ -141,13 +141,12 @@ def test_a_model_that_reads_its_own_state_is_not_the_same_with_one_loop_a_byte()
     assert (one - many).abs().max() > 0.1
 
 
-def test_training_learns_a_text_and_is_the_same_again():
+def test_training_learns_a_text():
     steady = b"the cat sat on the mat. " * 100
     recipe = language_recipe("strict", Corpus("steady", steady, steady, steady), 64, 40,
                              lengths=[16, 16], batch=8, lr=4e-3, warmup=5, loops=[1, 4])
-    runs = [train(recipe, 0, progress=False) for _ in range(2)]
-    assert [row["loss"] for row in runs[0].history] == [row["loss"] for row in runs[1].history]
-    assert runs[0].history[-1]["held_out"] < 4 < held_out(OpenMythos(recipe.config), recipe)
+    run = train(recipe, 0, progress=False)
+    assert run.history[-1]["held_out"] < 4 < held_out(OpenMythos(recipe.config), recipe)
 
 
 def test_a_continuation_begins_with_its_prompt():
