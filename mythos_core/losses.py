@@ -1,4 +1,5 @@
 """What a training minimises, and the means that states are handed on as."""
+import math
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,13 @@ def mean_loss(logits: Float[Tensor, "n vocab"], targets: Int[Tensor, "n"],
     if weight is None:
         return F.cross_entropy(logits, targets)
     return (F.cross_entropy(logits, targets, reduction="none") * weight).sum() / weight.sum()
+
+
+def bits(logits: Float[Tensor, "*positions vocab"],
+         targets: Int[Tensor, "*positions"]) -> Float[Tensor, "*positions"]:
+    """-log2 softmax(logits)[target], for each position."""
+    return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(),
+                           reduction="none").view(targets.shape) / math.log(2)
 
 
 def move_weights(machine: Machine, ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq"]:

@@ -49,6 +49,23 @@ def effective_depth(config: MythosConfig, n_loops: int) -> int:
     return config.prelude_layers + n_loops + config.coda_layers
 
 
+def multiply_adds(model: OpenMythos, n_loops: int, keys: float) -> float:
+    """Multiplications, each with its addition, that one token costs: one for each number of the
+    matrices that it meets, those of the loop n_loops times and of the routed experts only those
+    chosen, and 2 * keys * dim in each attention for the scores and the sum over `keys` values.
+
+    For GQA. Norms, softmax and what else goes by channel are left out.
+    """
+    c = model.config
+    matrices = {name: p.numel() for name, p in model.named_parameters()
+                if p.dim() >= 2 and name != "recurrent.lora.scale.weight"}
+    looped = sum(n for name, n in matrices.items() if name.startswith("recurrent."))
+    idle = (parameters_by_component(model)["routed experts"]
+            * (c.n_experts - c.n_experts_per_tok) // c.n_experts)
+    return (sum(matrices.values()) - looped + n_loops * (looped - idle)
+            + effective_depth(c, n_loops) * 2 * keys * c.dim)
+
+
 def cache_bytes(config: MythosConfig, tokens: int, n_loops: int, batch: int = 1,
                 itemsize: int = 4, rope_key_per_head: bool = False) -> int:
     """Bytes that a KVCache holds after `tokens` positions, by formula.

@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any
 
 from mythos_core.config import MythosConfig, parity_config
+from mythos_core.corpus import Corpus
 from mythos_core.groups import group
 from mythos_core.machines import Machine, machine
 
@@ -13,8 +14,8 @@ MOST_MOVES = 20_000  # states times letters: each has to be met in training, and
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained to track a state: AdamW, one batch of one length
-    and one number of loops a step.
+    """How a model is trained to track a state, or to predict the next byte of a text: AdamW, one
+    batch of one length and one number of loops a step.
 
     A recipe with a machine ends when the certificate holds: the learning rate stays until the model
     is proved for the first time, or `training.PATIENCE` attempts have been refused, and then falls
@@ -60,10 +61,13 @@ class Recipe:
     # weight, while the learning rate falls, of `losses.center_loss`
     center_loss: float = 0.0
     ponder_cost: float = 0.0                # for halting = "act_remainder": weight of Graves' N + R
+    corpus: Corpus | None = None            # the task is its next byte, and `strings` the split
 
     @property
     def make_batch(self):
-        """`make_batch` of the recipe's machine, or of its group with its alphabet."""
+        """`make_batch` of the recipe's corpus or machine, or of its group with its alphabet."""
+        if self.corpus is not None:
+            return self.corpus.make_batch
         if self.machine is not None:
             return self.machine.make_batch
         return partial(group(self.group).make_batch, generators=self.generators)
@@ -71,9 +75,10 @@ class Recipe:
     def as_dict(self) -> dict:
         """Every field as JSON has it."""
         plain = {name: value for name, value in vars(self).items()
-                 if name not in ("config", "machine")}
+                 if name not in ("config", "machine", "corpus")}
         return plain | {"config": asdict(self.config),
-                        "machine": self.machine and self.machine.as_dict()}
+                        "machine": self.machine and self.machine.as_dict(),
+                        "corpus": self.corpus and self.corpus.as_dict()}
 
 
 def recipe_for(machine: Machine, **changes) -> Recipe:
