@@ -164,7 +164,7 @@ def _tinystories() -> dict[str, bytes]:
     try:
         datasets = import_module("datasets")
     except ImportError as error:
-        raise ValueError("corpus = 'tinystories': needs `pip install datasets`") from error
+        raise ValueError("corpus = 'tinystories': needs the package datasets") from error
     stories = datasets.load_dataset("roneneldan/TinyStories", split="train", streaming=True)
     return {str(i): story["text"].encode() for i, story in enumerate(islice(stories, STORIES))}
 

@@ -143,7 +143,7 @@ def test_tinystories_from_a_stand_in_and_without_datasets(monkeypatch):
     assert len(load_corpus("tinystories").train) > 20 * 600
     assert asked == [(("roneneldan/TinyStories",), {"split": "train", "streaming": True})]
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match="pip install datasets"):
+    with pytest.raises(ValueError, match="the package datasets"):
         load_corpus("tinystories")
 
 

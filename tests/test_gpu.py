@@ -64,3 +64,10 @@ def test_the_parts_run_on_the_device_that_is_there(tmp_path, monkeypatch):
     found = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
     assert found["device"] == "made up" and found["memory_GB"] == 8.0
     assert all(found[part]["failed"] for part in ("tests", "notebooks", "bench"))
+
+
+def test_the_committed_run_passed_whole():
+    found = json.loads((gpu.ROOT / "figures" / "gpu.json").read_text(encoding="utf-8"))
+    assert not any(found[part]["failed"] for part in ("tests", "notebooks", "bench"))
+    assert len(found["notebooks"]["claims"]) == len(list((gpu.ROOT / "notebooks").glob("*.ipynb")))
+    assert found["seconds"] < 480 and found["command"] == "make gpu" and len(found["commit"]) == 40

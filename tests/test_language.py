@@ -169,7 +169,7 @@ def test_a_run_leaves_its_row_and_the_model_that_the_row_is_about(arm, folder, c
                "--windows", "4", "--set", "batch=2", "--set", "config.window=8",
                "--out", str(folder / "out")]
     main(command)
-    row = json.loads((folder / "out" / "row.json").read_text())
+    row = json.loads((folder / "out" / "row.json").read_text(encoding="utf-8"))
     model = OpenMythos.from_pretrained(folder / "out" / "bfloat16")
     assert row["loops"] == [1, 2, 4, 8, 16] and model.config.window == 8
     ids, targets = CORPUS.windows("test", 16, 4)
@@ -183,11 +183,11 @@ def test_a_run_leaves_its_row_and_the_model_that_the_row_is_about(arm, folder, c
     if arm == "strict":
         assert row["one_loop"] == pytest.approx(row["all_loops"], abs=1e-4)
         assert row["distance"][-1] == 0 < row["distance"][0]
-    provenance = json.loads((folder / "out" / "bfloat16" / "config.json").read_text())["provenance"]
+    provenance = json.loads((folder / "out" / "bfloat16" / "config.json").read_text(encoding="utf-8"))["provenance"]
     assert provenance["command"].startswith(f"python -m mythos_core.language --arm {arm} ")
-    before = (folder / "out" / "row.json").read_text()
+    before = (folder / "out" / "row.json").read_text(encoding="utf-8")
     main([*command, "--resume"])
-    assert json.loads((folder / "out" / "row.json").read_text())["bits"] == json.loads(before)["bits"]
+    assert json.loads((folder / "out" / "row.json").read_text(encoding="utf-8"))["bits"] == json.loads(before)["bits"]
     assert "bits per byte by loops 1: " in capsys.readouterr().out
 
 

@@ -159,6 +159,72 @@ def test_the_bench_is_quoted():
                     f"there:\n\n{table}\n", pytrace=False)
 
 
+
+def gpu_words():
+    """What docs/bench.md quotes of figures/gpu.json."""
+    found = figure("gpu")
+    head = ["| work | device | open-mythos | ours | ratio | bar | limit | share of it |",
+            "|---|---|---|---|---|---|---|---|"]
+    proofs = {}
+    for name, kept in found["tests"]["recorded"].items():
+        if "certificate" in kept:
+            mode = name.partition("[")[2].partition("-")[0]
+            proofs.setdefault(mode, []).append(kept["certificate"])
+    modes = "; ".join(f"{mode} {sum(c['proved'] for c in of)} of {len(of)}"
+                      for mode, of in sorted(proofs.items()))
+    assert all(c["wrong"] == 0 for of in proofs.values() for c in of)
+    said = (f"By `{found['command']}` on one {found['device']}, torch {found['versions']['torch']}, "
+            f"in {found['seconds']:.0f} s: {found['tests']['passed']} tests and "
+            f"{found['notebooks']['passed']} notebooks with "
+            f"{sum(found['notebooks']['claims'].values())} claims passed.")
+    return [said, f"Certificates that hold: {modes}.",
+            "\n".join([*head, *map(bench_line, found["bench"]["rows"])])]
+
+
+def test_the_run_on_a_gpu_is_quoted():
+    for words in gpu_words():
+        if " ".join(words.split()) not in " ".join(PAGES["docs/bench.md"].split()):
+            pytest.fail(f"after `make gpu` paste this into docs/bench.md:\n\n{words}\n",
+                        pytrace=False)
+
+
+ARMS = {"unlooped": "3 blocks, no loop", "unlooped-deep": "12 blocks, no loop",
+        "reference": "ACT, 8 loops, as in open-mythos", "random-loops": "loop, reads its own state",
+        "strict": "strict loop", "strict-carry": "strict loop with the carry"}
+
+
+def language_table():
+    """What docs/language.md quotes of the rows: bits per byte by loops, the mean of three seeds."""
+    rows = json.loads((study.RESULTS / "language.json").read_text(encoding="utf-8"))
+    shown = [1, 2, 4, 8, 16, 128]
+    lines = [f"| model | {' | '.join(map(str, shown))} | seeds, at its best |",
+             "|---" * (len(shown) + 2) + "|"]
+    for arm, name in ARMS.items():
+        of = [row for row in rows if row["arm"] == arm]
+        at = [mean(row["bits"][row["loops"].index(n)] for row in of) for n in shown]
+        least, most = (f(row["best"] for row in of) for f in (min, max))
+        lines.append(f"| {name} | {' | '.join(f'{x:.3f}' for x in at)} | {least:.3f} to {most:.3f} |")
+    return "\n".join(lines)
+
+
+def test_the_bits_of_text_are_quoted_and_say_what_the_page_says():
+    table, rows = language_table(), json.loads(
+        (study.RESULTS / "language.json").read_text(encoding="utf-8"))
+    if table not in PAGES["docs/language.md"]:
+        pytest.fail(f"paste this into docs/language.md:\n\n{table}\n", pytrace=False)
+    assert [(row["arm"], row["seed"]) for row in rows] == [(a, s) for a in ARMS for s in range(3)]
+    best = {arm: [row["best"] for row in rows if row["arm"] == arm] for arm in ARMS}
+    for row in rows:
+        if row["trained_loops"] > 1:
+            assert row["bits"][-1] - row["bits"][row["loops"].index(8)] < 1e-3
+        if "one_loop" in row:
+            assert row["largest_difference"] < 2e-5
+    assert min(best["strict"]) < max(best["random-loops"])
+    assert mean(best["strict-carry"]) < min(
+        mean(best[arm]) for arm in ("strict", "random-loops", "reference"))
+    assert max(best["unlooped-deep"]) < min(min(best[arm]) for arm in ARMS if "deep" not in arm) - 0.06
+
+
 def test_bounds_in_prose_hold():
     assert max(figure("loops_article")["token_accuracy"]) < 0.60
     assert figure("depth_extrapolation")["whole_at_last_loop"]["1024"] == 1.0
