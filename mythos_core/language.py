@@ -24,7 +24,13 @@ from mythos_core.config import MythosConfig, tutorial_config
 from mythos_core.corpus import Corpus, load_corpus
 from mythos_core.losses import bits
 from mythos_core.model import OpenMythos
-from mythos_core.probes import expert_load, halting_map, load_entropy, multiply_adds
+from mythos_core.probes import (
+    expert_load,
+    halting_map,
+    load_entropy,
+    logits_after,
+    multiply_adds,
+)
 from mythos_core.provenance import commit
 from mythos_core.recipes import Recipe
 from mythos_core.training import EVAL_EVERY, Run, provenance, train
@@ -104,17 +110,7 @@ def bits_by_loops(model: OpenMythos, ids: Int[Tensor, "windows seq"],
     if len(ids) > AT_ONCE:
         return torch.cat([bits_by_loops(model, *part, loops)
                           for part in zip(ids.split(AT_ONCE), targets.split(AT_ONCE))], 1)
-    outputs = {}
-
-    def look(record):
-        outputs["last"] = record.output
-        if record.loop + 1 in loops:
-            outputs[record.loop + 1] = record.output
-
-    model.eval()(ids, max(loops), observer=look)
-    ctx = model.context(ids)
-    return torch.stack([bits(model.decode(outputs.get(n, outputs["last"]), ctx), targets)
-                        for n in loops])
+    return torch.stack([bits(logits, targets) for logits in logits_after(model, ids, loops)])
 
 
 @torch.no_grad()

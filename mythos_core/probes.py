@@ -142,6 +142,23 @@ def depth_sweep(model: OpenMythos, ids: Int[Tensor, "batch seq"],
     return DepthSweep(torch.stack(correct).cpu(), torch.arange(1, n_loops + 1).clamp(max=ran))
 
 
+@torch.no_grad()
+def logits_after(model: OpenMythos, ids: Int[Tensor, "batch seq"],
+                 loops: list[int]) -> list[Float[Tensor, "batch seq vocab"]]:
+    """Logits after each of these numbers of loops, from one pass of the largest, on the model's
+    device; a model that halted before has its last ones at all later loops."""
+    outputs = {}
+
+    def look(record):
+        outputs["last"] = record.output
+        if record.loop + 1 in loops:
+            outputs[record.loop + 1] = record.output
+
+    model.eval()(ids, max(loops), observer=look)
+    ctx = model.context(ids)
+    return [model.decode(outputs.get(n, outputs["last"]), ctx) for n in loops]
+
+
 @dataclass(frozen=True)
 class HaltingMap:
     """What each loop weighed, over the loops that ran."""

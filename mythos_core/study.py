@@ -16,7 +16,7 @@ from torch import Tensor
 from mythos_core.machines import machine
 from mythos_core.model import OpenMythos
 from mythos_core.parity import answers, make_batch
-from mythos_core.probes import depth_sweep
+from mythos_core.probes import depth_sweep, logits_after
 from mythos_core.recipes import Recipe, get_recipe, recipe_for
 from mythos_core.tasks import task
 from mythos_core.training import Run
@@ -82,16 +82,7 @@ def right(model: OpenMythos, ids: Int[Tensor, "batch seq"],
     if ids.numel() > TOKENS and len(ids) > 1:
         return torch.cat([right(model, part, loops)
                           for part in ids.split(max(1, TOKENS // ids.shape[1]))], 1)
-    outputs = {}
-
-    def look(record):
-        outputs["last"] = record.output
-        if record.loop + 1 in loops:
-            outputs[record.loop + 1] = record.output
-
-    model.eval()(ids, max(loops), observer=look)
-    ctx = model.context(ids)  # a model that halted before has its last answer at all later loops
-    read = [model.decode(outputs.get(n, outputs["last"]), ctx).argmax(-1) for n in loops]
+    read = [logits.argmax(-1) for logits in logits_after(model, ids, loops)]
     return (torch.stack(read) == answers(ids)).cpu()
 
 
