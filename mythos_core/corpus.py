@@ -1,6 +1,8 @@
 """Text in bytes: what CPython ships and so every reader has, or files of the reader's; split by
 file, with no passage on two sides."""
+import fnmatch
 import hashlib
+import os
 import sysconfig
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -132,7 +134,9 @@ def _without(met: np.ndarray, text: bytes) -> bytes:
     if len(text) < PASSAGE or not len(met):
         return text
     numbers = _hashes(text)
-    starts = np.flatnonzero(met[np.searchsorted(met, numbers).clip(max=len(met) - 1)] == numbers)
+    order = numbers.argsort()   # what is asked in order is found in places side by side
+    at = np.searchsorted(met, numbers[order]).clip(max=len(met) - 1)
+    starts = order[met[at] == numbers[order]]
     edges = (np.bincount(starts, minlength=len(text) + 1)
              - np.bincount(starts + PASSAGE, minlength=len(text) + 1))
     known, kept, at = edges.cumsum() > 0, [], 0
@@ -173,9 +177,13 @@ def _folder(root: Path, pattern: str = "*",
             left_out: frozenset[str] = frozenset()) -> dict[str, bytes]:
     """Files below a folder, by their path in it, without folders of those names; files with a zero
     byte are no text."""
-    found = ((file.relative_to(root), file) for file in root.rglob(pattern) if file.is_file())
-    texts = {name.as_posix(): file.read_bytes().replace(b"\r\n", b"\n")
-             for name, file in found if left_out.isdisjoint(name.parts)}
+    texts = {}
+    for folder, inner, files in os.walk(root):
+        inner[:] = [name for name in inner if name not in left_out]   # they are not entered
+        for file in map(Path(folder).joinpath, fnmatch.filter(files, pattern)):
+            if file.is_file():
+                name = file.relative_to(root).as_posix()
+                texts[name] = file.read_bytes().replace(b"\r\n", b"\n")
     return {name: text for name, text in texts.items() if text and b"\0" not in text}
 
 
