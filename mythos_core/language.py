@@ -150,8 +150,9 @@ def measures(run: Run, model: OpenMythos, most: int | None = None) -> dict:
     - `loops`, `bits`: bits per byte after each number of loops, 1 to the context's length;
     - `best_loops`, `best`, and `beyond`: what the most loops lose against it;
     - `unrounded`: bits of the weights as trained, in float32, at `trained_loops`;
-    - `one_loop` of a strict model: bits with one loop for each byte behind a settled cache, on the
-      first windows, `all_loops` on the same ones, and the largest difference at any byte;
+    - `one_loop` of a strict model: bits with one loop for each byte behind a settled cache, on
+      `AT_ONCE` windows spread over the split, as is what follows; `all_loops` on the same ones,
+      and the largest difference at any byte;
     - `distance`, `settled_after` of a strict model: `settling`, in the mean over bytes, and over
       windows by position; `near_after`: the same of the loops from which on it is within `NEAR`;
     - `stopped_after` of one with ACT: loops until a position halts, of at most `LOOPS`, its mean by
@@ -161,20 +162,20 @@ def measures(run: Run, model: OpenMythos, most: int | None = None) -> dict:
     """
     corpus, device = run.recipe.corpus, model.embed.weight.device
     ids, targets = corpus.windows("test", CONTEXT, most, device)
+    few = corpus.windows("test", CONTEXT, AT_ONCE, device)
     trained, loops = run.recipe.loops[1], [2 ** k for k in range(CONTEXT.bit_length())]
     by_loops = bits_by_loops(model, ids, targets, loops).mean((1, 2)).tolist()
     best = min(range(len(loops)), key=by_loops.__getitem__)
-    some = ids[:AT_ONCE]
     row: dict[str, Any] = {
         "windows": len(ids), "loops": loops, "bits": by_loops, "trained_loops": trained,
         "best_loops": loops[best], "best": by_loops[best], "beyond": by_loops[-1] - by_loops[best],
         "unrounded": bits_by_loops(run.model, ids, targets, [trained]).mean().item(),
-        "expert_entropy": load_entropy(expert_load(model, some, trained)),
-        "text": continuation(model, some[:1, :CONTEXT // 4], trained, CONTEXT - CONTEXT // 4)}
+        "expert_entropy": load_entropy(expert_load(model, few[0], trained)),
+        "text": continuation(model, few[0][:1, :CONTEXT // 4], trained, CONTEXT - CONTEXT // 4)}
     if model.config.strict:
-        row |= _strict_measures(model, some, targets[:AT_ONCE])
+        row |= _strict_measures(model, *few)
     if model.recurrent.act is not None:
-        stopped = halting_map(model, some, LOOPS).stopped_at
+        stopped = halting_map(model, few[0], LOOPS).stopped_at
         row["stopped_after"] = stopped.float().mean(0).tolist()
     return row
 
