@@ -166,8 +166,9 @@ def test_shipped_models_are_proved_again_and_say_so_beside_their_weights(name):
     assert kept == {key: found[key] for key in kept}
 
 
-def test_all_that_ships_is_proved_but_for_the_articles_model_and_the_one_with_the_carry():
-    assert set(shipped()) == {*PROVED, "parity-seed", "parity-carrying"}
+def test_all_that_ships_is_proved_but_for_models_of_text_the_articles_and_the_one_with_the_carry():
+    of_strings = {name for name in shipped() if not name.startswith("text-")}
+    assert of_strings == {*PROVED, "parity-seed", "parity-carrying"}
 
 
 @pytest.mark.parametrize("name", PROVED)

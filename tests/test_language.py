@@ -24,7 +24,9 @@ from mythos_core.language import (
 )
 from mythos_core.losses import bits
 from mythos_core.probes import multiply_adds
+from mythos_core.study import RESULTS
 from mythos_core.training import held_out, train
+from mythos_core.weights import PRETRAINED
 
 CORPUS = split_files("forty", FILES)
 SEQ = 8
@@ -93,7 +95,8 @@ def test_the_cost_is_what_torch_counts(arm, n_loops):
 @pytest.mark.parametrize("arm", ["reference", "random-loops", "strict"])
 def test_bits_of_one_pass_are_those_of_a_pass_of_each_number_of_loops(arm, monkeypatch):
     monkeypatch.setattr(language, "AT_ONCE", 2)
-    model, (ids, targets) = model_of(arm), text()
+    # in float64: an untrained loop that reads its own state grows float32's rounding beyond 1e-5
+    model, (ids, targets) = model_of(arm).double(), text()
     each = bits_by_loops(model, ids, targets, [1, 2, 9])
     with torch.no_grad():
         for n, read in zip((1, 2, 9), each):
@@ -207,3 +210,23 @@ def test_a_model_of_the_default_size_ships_in_bfloat16_under_one_and_a_half_mega
         model = OpenMythos(language_config())
     assert 2 * sum(p.numel() for p in model.parameters()) < 1.5e6
     assert model.config.max_loop_iters == LOOPS
+
+
+@pytest.mark.parametrize("arm", sorted(set(ARMS) - {"unlooped-deep"}))
+def test_of_each_small_arm_the_seed_that_was_best_on_the_validation_side_ships(arm):
+    rows = [row for row in json.loads((RESULTS / "language.json").read_text(encoding="utf-8"))
+            if row["arm"] == arm]
+    best = min(rows, key=lambda row: row["validation"][-1][1])
+    config = json.loads((PRETRAINED / f"text-{arm}" / "config.json").read_text(encoding="utf-8"))
+    source = config["provenance"]
+    assert (source["seed"], source["commit"]) == (best["seed"], best["commit"])
+    assert source["metrics"]["held_out"] == pytest.approx(best["validation"][-1][1], abs=1e-4)
+    assert source["recipe"]["corpus"] == best["recipe"]["corpus"]
+
+
+def test_a_shipped_model_reads_code_and_not_its_bytes_in_another_order():
+    model = OpenMythos.from_pretrained("text-strict")
+    code = b"def add(self, name, value):\n    self.items[name] = value\n    return self\n"
+    read = torch.tensor([list(code), list(code[::-1])])
+    forwards, backwards = bits_one_loop(model, read[:, :-1], read[:, 1:]).mean(1)
+    assert forwards < 3.5 < 5 < backwards
