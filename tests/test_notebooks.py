@@ -22,7 +22,7 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 NAMES = ["01_model_sizes", "02_kv_cache", "03_spectral_stability", "04_training",
          "05_depth_extrapolation", "06_act_halting", "07_moe_utilization", "08_generation",
-         "09_state_tracking"]
+         "09_state_tracking", "10_text"]
 BENCH = {"bench", "bench_scaling", "gpu"}  # by `make bench`, `make gpu`: test_readme.py has them
 REPOSITORY = re.search(r'Repository = "(.*?)"',
                        (ROOT / "pyproject.toml").read_text(encoding="utf-8")).group(1)
