@@ -100,7 +100,7 @@ def test_parse_grid(tmp_path):
     assert (parse_grid([f"a=@{file}:here.list", f"b=@{file}:here.object"])
             == [{"a": a, "b": b} for a in ("x, y", "z") for b in "kl"])
     for bad in ("seed", "seed=", "=1", "seed=1,,2", "a b=1", "seed=3:3", "name='a, b',c",
-                f"a=@{file}:here.nothing", f"a=@{file}:here.list.x"):
+                f"a=@{file}:here.nothing", f"a=@{file}:here.list.x", f"a=@{file}"):
         with pytest.raises(ValueError, match=re.escape(f"--grid {bad!r}")):
             parse_grid([bad])
     with pytest.raises(ValueError, match="each name once"):

@@ -26,6 +26,9 @@ def _values(entry: str, text: str) -> list:
         return list(range(int(numbers[1]), int(numbers[2])))
     if file := re.fullmatch(r"@(.+?\.json):(.+)", text):
         return _values_in_file(entry, Path(file[1]), file[2].split("."))
+    if text.startswith("@"):
+        raise ValueError(f"--grid {entry!r}: a list in a file is NAME=@FILE.json:KEY.KEY; "
+                         "a value that begins with @ is to be quoted")
     with suppress(ValueError, SyntaxError):
         return list(ast.literal_eval(f"({text},)"))
     if "" in text.split(",") or set("\"'[({") & set(text):
