@@ -35,6 +35,8 @@ for _step, _changes in STEPS.items():
 VARIANTS |= _file["others"]
 #: The variants that each measure is for.
 MEASURED: dict[str, list[str]] = _file["measured"]
+#: What is trained on each of them, by measures of more than one model.
+TRAINED: dict[str, list[str]] = _file["trained"]
 # loops given to strings of each length; a scan gets 2 log2(length)
 LOOPS = {16: 32, 64: 96, 256: 300, 512: 600, 1024: 1100}
 # of a ladder's training: where nothing is proved, the learning rate falls all the same

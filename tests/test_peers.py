@@ -3,6 +3,7 @@ import json
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from statistics import mean
 
 import peer
 import pytest
@@ -35,8 +36,8 @@ PARITY = recipe_for(machine("parity"))
 
 
 def test_the_grids_name_what_can_be_trained():
-    listed = json.loads((study.RESULTS / "variants.json").read_text(encoding="utf-8"))["trained"]
-    assert listed == {"peers": list(PEERS), "reference": list(reference.TRAINED)}
+    trained = {"peers": list(PEERS), "reference": list(reference.TRAINED)}
+    assert trained == study.TRAINED
 
 
 class Exact(Recurrent):
@@ -344,6 +345,51 @@ def test_a_reference_row_is_of_one_training_and_says_why_a_strict_one_is_not_pro
         reference.reference_row("theirs", asked, 4)
 
 
+PAGE = (Path(__file__).parent.parent / "docs" / "peers.md").read_text(encoding="utf-8")
+
+
+def by_loops_table():
+    """What docs/peers.md quotes of the measure `reference`: right tokens of strings as long as
+    trained, the mean of the seeds; by seed, the loops after which there were most, and how many
+    points were lost by the last loop. Strict models that were not proved have no loops."""
+    rows, shown = study.load(study.RESULTS / "reference.json"), (1, 3, 8, 16, reference.MOST_LOOPS)
+    lines = [f"| task | recipe | {' | '.join(map(str, shown))} | best after | lost by 24 |",
+             "|---" * (len(shown) + 4) + "|"]
+    for asked, name in product(study.MEASURED["reference"], reference.TRAINED):
+        of = [row for row in rows if (row["variant"], row["peer"]) == (asked, name)]
+        swept = [row["by_loops"]["24"] for row in of if "by_loops" in row]
+        proved = f", {len(swept)} of {len(of)} proved" if name == "strict" else ""
+        cells = [f"`{asked.removeprefix('machine ')}`", name + proved,
+                 *(f"{mean(100 * row['token'][n - 1] for row in swept):.0f}" for n in shown),
+                 ", ".join(str(row["peak"]) for row in swept),
+                 ", ".join(f"{100 * (max(row['token']) - row['token'][-1]):.1f}" for row in swept)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def test_the_public_recipe_s_rows_are_quoted():
+    if by_loops_table() not in PAGE:
+        pytest.fail(f"paste this into docs/peers.md:\n\n{by_loops_table()}\n", pytrace=False)
+
+
+def test_what_the_page_says_of_more_loops_is_true_of_every_seed():
+    swept = {}
+    for row in study.load(study.RESULTS / "reference.json"):
+        if "by_loops" in row:
+            key = row["variant"].removeprefix("machine "), row["peer"]
+            swept.setdefault(key, []).append(row["by_loops"]["24"]["token"])
+    lost = {key: [max(token) - token[-1] for token in of] for key, of in swept.items()}
+    peak = {key: mean(token.index(max(token)) for token in of) for key, of in swept.items()}
+    for task in ("addition", "brackets-2-3"):
+        few, many = ((task, f"article, {n} loops") for n in (3, 8))
+        assert min(lost[few]) > 0.02 and max(token.index(max(token)) for token in swept[few]) < 6
+        assert min(lost[many]) < 0.001 and peak[many] > peak[few] + 1
+        assert max(max(token) for token in swept[few] + swept[many]) < 0.999
+    for n in (3, 8):
+        assert max(max(token) for token in swept["digits-mod-10", f"article, {n} loops"]) < 0.2
+    assert not any(any(of) for key, of in lost.items() if key[1] == "strict")
+
+
 def as_line(row):
     """A published figure as docs/peers.md has it."""
     figures = "; ".join(f"{model} {value}" for model, value in row["values"].items())
@@ -355,8 +401,8 @@ def as_line(row):
 def test_published_figures_are_those_of_the_page():
     file = study.RESULTS / "published_tasks.json"
     rows = json.loads(file.read_text(encoding="utf-8"))
-    page = (Path(__file__).parent.parent / "docs" / "peers.md").read_text(encoding="utf-8")
-    table = [line for line in page.splitlines() if line.startswith("| ")][1:]
+    published = PAGE.partition("| source |")[2].partition("## ")[0]
+    table = [line for line in published.splitlines() if line.startswith("| ")]
     assert table == [as_line(row) for row in rows]
     for row in rows:
         assert machine(row["machine"]) and row["values"] and row["read"]

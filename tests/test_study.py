@@ -3,6 +3,7 @@ import shlex
 import statistics
 from ast import literal_eval
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -82,7 +83,7 @@ def test_whole_strings_counts_strings_that_are_right_everywhere():
 
 
 @pytest.fixture(params=["proofs", "machines", "far", "reach", "ablations", "exits", "experts",
-                        "generation", "states", "gru", "pace"])
+                        "generation", "states", "gru", "pace", "reference"])
 def committed(request):
     return study.load(study.RESULTS / f"{request.param}.json")
 
@@ -256,6 +257,24 @@ def test_every_comparison_has_five_seeds_and_none_left_out(measure):
     assert ([(row["variant"], row["seed"]) for row in rows] == [(name, seed)
         for name in sorted(study.MEASURED[measure], key=list(study.VARIANTS).index)
         for seed in range(5)])
+
+
+@pytest.mark.parametrize("measure", ["reference"])
+def test_every_model_was_run_on_every_variant_and_no_seed_left_out(measure):
+    """Seeds from 0 on without a gap. And what a row says of itself makes it: the command names the
+    model too."""
+    rows, seeds = study.load(study.RESULTS / f"{measure}.json"), {}
+    for row in rows:
+        asked = dict(word.split("=", 1) for word in shlex.split(row["command"]) if "=" in word)
+        assert literal_eval(asked.get("peer", "None")) == row.get("peer")
+        seeds.setdefault((row["variant"], row.get("peer")), []).append(row["seed"])
+    assert seeds.keys() == set(product(study.MEASURED[measure],
+                                       study.TRAINED.get(measure, [None])))
+    assert all(found == list(range(len(found))) for found in seeds.values())
+    page = (Path(__file__).parent.parent / "docs" / "results.md").read_text(encoding="utf-8")
+    (line,) = [line for line in page.splitlines() if line.startswith(f"| `{measure}` |")]
+    counts = sorted({len(found) for found in seeds.values()})
+    assert line.endswith(f"| {' or '.join(f'0:{count}' for count in counts)} |")
 
 
 def test_the_median_training_was_whole_at_16_bits_within_20_seconds_and_done_within_45():
