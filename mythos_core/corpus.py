@@ -135,8 +135,8 @@ def _without(met: np.ndarray, text: bytes) -> bytes:
         return text
     numbers = _hashes(text)
     order = numbers.argsort()   # what is asked in order is found in places side by side
-    at = np.searchsorted(met, numbers[order]).clip(max=len(met) - 1)
-    starts = order[met[at] == numbers[order]]
+    places = np.searchsorted(met, numbers[order]).clip(max=len(met) - 1)
+    starts = order[met[places] == numbers[order]]
     edges = (np.bincount(starts, minlength=len(text) + 1)
              - np.bincount(starts + PASSAGE, minlength=len(text) + 1))
     known, kept, at = edges.cumsum() > 0, [], 0
