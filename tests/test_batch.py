@@ -554,6 +554,24 @@ def test_a_batch_told_to_stop_leaves_no_kernel_no_worker_and_no_partial_folder(
 
 # Other machines
 
+def address(file):
+    """Of the scheduler that writes this file; None until it is written to its end."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["address"]
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def test_a_file_that_is_being_written_has_no_address_yet(tmp_path):
+    file = tmp_path / "scheduler.json"
+    assert address(file) is None
+    for written in ("", '{"workers": {}'):
+        file.write_text(written, encoding="utf-8")
+        assert address(file) is None
+    file.write_text('{"address": "tcp://127.0.0.1:1"}', encoding="utf-8")
+    assert address(file) == "tcp://127.0.0.1:1"
+
+
 @pytest.fixture
 def cluster(tmp_path):
     """A scheduler and two workers, as processes; its address."""
@@ -563,11 +581,13 @@ def cluster(tmp_path):
         command = [sys.executable, "-m", "dask", *what, "--scheduler-file", str(file)]
         started.append(subprocess.Popen(command, env=ENVIRONMENT, cwd=tmp_path,
                                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
-    until(file.exists)
-    yield json.loads(file.read_text(encoding="utf-8"))["address"]
-    for process in reversed(started):
-        process.terminate()
-        process.wait(20)
+    try:
+        until(lambda: address(file))
+        yield address(file)
+    finally:
+        for process in reversed(started):
+            process.terminate()
+            process.wait(20)
 
 
 def test_a_scheduler_and_workers_of_their_own(tmp_path, good, cluster, no_report, capsys,
