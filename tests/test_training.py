@@ -13,7 +13,7 @@ from mythos_core.losses import center_loss, mean_loss, means_by, move_weights, p
 from mythos_core.machines import Machine, machine
 from mythos_core.model import PRETRAINED, shipped
 from mythos_core.parity import make_batch
-from mythos_core.recipes import Recipe, get_recipe, recipe_for
+from mythos_core.recipes import RECIPES, Recipe, get_recipe, recipe_for
 from mythos_core.training import (
     NotProved,
     Run,
