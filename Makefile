@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 WORKERS ?= 2
-NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=300
+NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=900
 
 # Notebooks are tested and published on one thread each: how many there are decides how sums are rounded, and so what a training becomes.
 test test-notebooks publish: export OMP_NUM_THREADS := 1

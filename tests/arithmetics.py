@@ -71,7 +71,7 @@ def run(setting: dict[str, str], files: list[Path], workers: str) -> bool:
     Figures are not compared: the committed ones are of another arithmetic."""
     command = [sys.executable, "-m", "pytest", *map(str, files), "-p", "no:cacheprovider",
                "-n", workers, "--dist", "loadfile", "-m", "not training", "-k", "not figures",
-               "--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=300"]
+               "--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=900"]
     return subprocess.run(command, cwd=TESTS.parent, env=environment(setting)).returncode == 0
 
 
