@@ -149,8 +149,9 @@ def test_the_core_stays_thin():
 def test_imports_run_one_way():
     order = ["provenance", "batch", "config", "layers", "cache", "attention", "moe", "halting",
              "loop", "weights", "model", "interop", "groups", "parity", "automaton", "machines",
-             "tasks", "figures", "corpus", "recipes", "certificate", "losses", "checkpoint",
-             "training", "probes", "peers", "reference", "baselines", "language", "study"]
+             "tasks", "figures", "corpus", "recipes", "closure", "certificate", "losses",
+             "checkpoint", "training", "probes", "peers", "reference", "baselines", "language",
+             "study"]
     for position, module in enumerate(order):
         assert all(order.index(other) < position for other in imported(module)), module
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from test_study import measures
 
-from mythos_core import OpenMythos, certificate, study
+from mythos_core import OpenMythos, closure, study
 from mythos_core.automaton import NOT_ASKED, Machine
-from mythos_core.certificate import Closure, certify
+from mythos_core.certificate import certify
+from mythos_core.closure import Closure
 from mythos_core.machines import machine
 from mythos_core.tasks import TASKS, Task, task
 from mythos_core.training import NotProved, held_out, train
@@ -176,7 +177,7 @@ def test_the_closure_finds_the_shortest_string_that_is_answered_wrong(monkeypatc
     model = OpenMythos.from_pretrained(PARITY)
     found = Closure(model, 2, counting(7)).run()
     assert found.length == 7 and found.wrong > 0 and not found.closed
-    monkeypatch.setattr(certificate, "MOST_CONTEXTS", 100)
+    monkeypatch.setattr(closure, "MOST_CONTEXTS", 100)
     endless = Closure(model, 2, counting(0)).run()       # right throughout, and counts up
     assert endless.wrong == 0 and not endless.closed and len(endless.seen) >= 100
 
