@@ -18,7 +18,7 @@ from mythos_core.automaton import Machine
 from mythos_core.losses import handing_on, mean_loss, move_weights
 from mythos_core.model import OpenMythos
 from mythos_core.recipes import Recipe
-from mythos_core.training import CERTIFY_EVERY, draw, learning_rate
+from mythos_core.training.schedule import CERTIFY_EVERY, draw, learning_rate
 
 BUDGET = 1000  # optimiser steps of a peer; proofs of the strict loop mostly take fewer
 Model = TypeVar("Model", bound=nn.Module)

@@ -18,9 +18,9 @@ class Recipe:
     batch of one length and one number of loops a step.
 
     A recipe with a machine ends when the certificate holds: the learning rate stays until the model
-    is proved for the first time, or `training.PATIENCE` attempts have been refused, and then falls
-    for as many steps again; if the proof holds at their end the training is done, else it goes on.
-    `steps` is then the most there may be.
+    is proved for the first time, or `training.schedule.PATIENCE` attempts have been refused, and
+    then falls for as many steps again; if the proof holds at their end the training is done, else
+    it goes on. `steps` is then the most there may be.
     """
 
     name: str

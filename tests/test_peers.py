@@ -30,7 +30,8 @@ from mythos_core.peers import (
 )
 from mythos_core.probes import DepthSweep
 from mythos_core.recipes import get_recipe, recipe_for
-from mythos_core.training import NotProved, draw
+from mythos_core.training import NotProved
+from mythos_core.training.schedule import draw
 
 PARITY = recipe_for(machine("parity"))
 

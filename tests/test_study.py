@@ -1,4 +1,5 @@
 import json
+import re
 import shlex
 import statistics
 from ast import literal_eval
@@ -7,7 +8,6 @@ from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
-import nbformat
 import pytest
 import torch
 from conftest import tiny
@@ -19,19 +19,7 @@ from mythos_core.model import PRETRAINED
 from mythos_core.parity import answers, make_batch
 from mythos_core.probes import depth_sweep
 from mythos_core.recipes import Recipe, get_recipe
-
-
-def defined(notebook):
-    """What a notebook imports and defines, none of it run."""
-    space = {}
-    for cell in nbformat.read(notebook, 4).cells:
-        if cell.cell_type == "code" and cell.source.startswith(("import", "def", "class", "@",
-            "RULES", "ARITHMETICS")):
-            exec(cell.source, space)
-    return SimpleNamespace(**space)
-
-
-measures = defined(Path(__file__).parent.parent / "mythos_core" / "study.ipynb")
+from mythos_core.study import exits, measures, parity, states
 
 
 def test_a_variant_changes_what_it_says_and_nothing_else():
@@ -59,9 +47,9 @@ def test_right_is_what_separate_passes_give(halting, monkeypatch):
     ids, targets = make_batch(50, 3)
     loops = [2, 5, 9]
     expected = torch.stack([model(ids, n).argmax(-1) == targets for n in loops])
-    assert torch.equal(study.right(model, ids, loops), expected) and expected.any()
-    monkeypatch.setattr(study, "TOKENS", 21)
-    assert torch.equal(study.right(model, ids, loops), expected)
+    assert torch.equal(parity.right(model, ids, loops), expected) and expected.any()
+    monkeypatch.setattr(parity, "TOKENS", 21)
+    assert torch.equal(parity.right(model, ids, loops), expected)
 
 
 def test_whole_strings_counts_strings_that_are_right_everywhere():
@@ -78,7 +66,7 @@ def test_whole_strings_counts_strings_that_are_right_everywhere():
             self.ids = ids
             return super().forward(ids, *args, **kwargs)
 
-    assert (study.whole_strings(Oracle(get_recipe("parity-carrying").config), 20, 5, strings=4) == 3
+    assert (parity.whole_strings(Oracle(get_recipe("parity-carrying").config), 20, 5, strings=4) == 3
             / 4)
 
 
@@ -217,7 +205,7 @@ def test_states_row_is_what_a_model_that_looks_at_every_letter_gets_right():
             answers[:, 1:] = torch.where(missed, 0, answers[:, 1:])
             return torch.nn.functional.one_hot(answers, 7)
 
-    row = measures.states_row(SimpleNamespace(model=Counter(), recipe=get_recipe("S3-carrying")))
+    row = states.states_row(SimpleNamespace(model=Counter(), recipe=get_recipe("S3-carrying")))
     assert row["moves"] == 36 and row["moves_wrong"] == 1 and row["needed"] == {}
     for length in ("16", "64", "256"):
         places = [int(length) if at is None else at for at in row["first_wrong"][length]]
@@ -228,13 +216,35 @@ def test_states_row_is_what_a_model_that_looks_at_every_letter_gets_right():
 
 def test_a_gru_has_the_parameters_of_the_model_it_is_compared_with_and_learns():
     recipe = replace(study.variant("Z2"), steps=150)
-    run = measures.train_gru(recipe, 0)
+    run = states.train_gru(recipe, 0)
     of_gru, of_model = (sum(p.numel() for p in m.parameters())
                         for m in (run.model, OpenMythos(recipe.config)))
     assert 0.97 < of_gru / of_model <= 1
     ids, targets = recipe.make_batch(64, 12, torch.Generator().manual_seed(0))
     assert (run.model(ids).argmax(-1) == targets).float().mean() > 0.9
-    assert torch.equal(run.model.head.weight, measures.train_gru(recipe, 0).model.head.weight)
+    assert torch.equal(run.model.head.weight, states.train_gru(recipe, 0).model.head.weight)
+
+
+@pytest.mark.parametrize("asked, named", [
+    (("the recipe", 0, "speed"), "measure = 'speed': must be one of"),
+    (("the recipe", 0, "peers"), "variant = 'the recipe': must be of a machine"),
+    (("window 3", 0, "pace"), "variant = 'window 3'")])
+def test_a_row_of_what_is_not_known_is_refused_before_any_training(asked, named, monkeypatch):
+    monkeypatch.setattr(measures, "train", lambda *_, **__: pytest.fail("it trained"))
+    with pytest.raises(ValueError, match=re.escape(named)):
+        measures.row_of(*asked)
+
+
+def test_a_proof_is_only_measured_under_the_arithmetic_it_is_said_to_be_of(monkeypatch):
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    with pytest.raises(ValueError, match="arithmetic = 'native': the environment has"):
+        measures.row_of("proved parity", 0, "proofs")
+    with pytest.raises(ValueError, match="arithmetic = 'amd': must be one of"):
+        measures.row_of("proved parity", 0, "proofs", arithmetic="amd")
+
+
+def test_every_measure_that_has_variants_can_be_taken():
+    assert set(study.MEASURED) <= {*measures.MEASURES, *measures.ALONE}
 
 
 def test_the_measures_name_the_variants_there_are():
@@ -287,7 +297,7 @@ def test_the_median_training_was_whole_at_16_bits_within_20_seconds_and_done_wit
 
 def test_exits_are_the_first_loops_at_which_a_position_may_stop_alone_or_with_all_before_it():
     may = torch.rand(9, 3, 7, generator=torch.Generator().manual_seed(0)) < 0.4
-    plain, prefix = measures.exits(may, False), measures.exits(may, True)
+    plain, prefix = exits.exits(may, False), exits.exits(may, True)
     for b in range(3):
         stopped = 0
         for s in range(7):
@@ -304,7 +314,7 @@ def test_signals_and_points_are_what_a_plain_look_gives():
     torch.manual_seed(0)
     config = tiny(halting="none", loop_embedding=False, init_std=0.2, vocab_size=4)
     model, ids = OpenMythos(config).eval(), make_batch(3, 8)[0]
-    seen, logits = measures.signals(model, ids, 6), [model(ids, n + 1) for n in range(6)]
+    seen, logits = exits.signals(model, ids, 6), [model(ids, n + 1) for n in range(6)]
     h = []
     model(ids, 6, observer=lambda record: h.append(record.h))
     assert seen["KL"][0].isinf().all()  # nothing to compare with yet: no reason to stop
@@ -319,12 +329,12 @@ def test_signals_and_points_are_what_a_plain_look_gives():
         assert torch.allclose(seen["KL"][t], (q.exp() * (q - before)).sum(-1), atol=1e-5)
         assert torch.allclose(seen["change"][t], (h[t] - h[t - 1]).norm(dim=-1) / h[t].norm(dim=-1),
                               atol=1e-5)
-    points = measures.exit_points(seen)
+    points = exits.exit_points(seen)
     fixed = [p for p in points if p["rule"] == "fixed"]
     assert [p["loops"] for p in fixed] == [1, 2, 3, 4, 5, 6]
     assert [p["token"] for p in fixed] == pytest.approx(seen["right"].float().mean((1, 2)).tolist())
     (point,) = [p for p in points if p["rule"] == "same" and p["setting"] == 2 and p["prefix"]]
-    at = measures.exits(seen["same"] >= 2, True)
+    at = exits.exits(seen["same"] >= 2, True)
     assert point["loops"] == pytest.approx((at + 1).float().mean().item())
     assert (point["token"]
             == pytest.approx(torch.stack([seen["right"][at[b, s], b, s] for b in range(3)
@@ -333,5 +343,5 @@ def test_signals_and_points_are_what_a_plain_look_gives():
 
 def test_continuations_are_counted_whole():
     model = OpenMythos.from_pretrained("parity-carrying")
-    assert measures.continued(model, study.fresh_strings(16), 32, None) == 1.0
-    assert measures.continued(model, study.fresh_strings(16), 2, None) < 1
+    assert parity.continued(model, parity.fresh_strings(16), 32, None) == 1.0
+    assert parity.continued(model, parity.fresh_strings(16), 2, None) < 1

@@ -3,17 +3,16 @@ machine of one is asked; and the closure of a finite machine against a task with
 import pickle
 import re
 from itertools import product
-from types import SimpleNamespace
 
 import pytest
 import torch
-from test_study import measures
 
 from mythos_core import OpenMythos, closure, study
 from mythos_core.automaton import NOT_ASKED, Machine
 from mythos_core.certificate import certify
 from mythos_core.closure import Closure
 from mythos_core.machines import machine
+from mythos_core.study.proofs import ladder_row
 from mythos_core.tasks import TASKS, Task, task
 from mythos_core.training import NotProved, held_out, train
 
@@ -212,15 +211,14 @@ def test_a_ladder_row_counts_what_a_model_gets_right():
         def forward(self, ids):
             return torch.nn.functional.one_hot(machine("brackets-1-9").answers(ids))
 
-    run = SimpleNamespace(model=Oracle(), recipe=recipe, certificate=failed.value.run.certificate,
-                          history=[])
-    row = measures.ladder_row(run)
+    assert ladder_row(failed.value)["steps"] == 2
+    failed.value.run.model = Oracle()
+    row = ladder_row(failed.value.run)
     assert row["states"] == 5 and row["moves"] == 7 and row["closure"]["wrong"] > 0
     assert row["lengths"]["16"] == {"strings": 64, "whole": 64, "token": 1.0, "first_wrong": None}
     deep = row["lengths"]["20"]                          # half of the strings open ten
     assert 10 < deep["whole"] < 40 and deep["first_wrong"] == 9
     assert row["lengths"]["64"]["first_wrong"] == 9
-    assert measures.ladder_row(failed.value)["steps"] == 2
 
 
 def test_held_out_strings_are_not_wrong_where_nothing_is_asked():

@@ -14,18 +14,9 @@ from mythos_core.machines import Machine, machine
 from mythos_core.model import PRETRAINED, shipped
 from mythos_core.parity import make_batch
 from mythos_core.recipes import RECIPES, Recipe, get_recipe, recipe_for
-from mythos_core.training import (
-    NotProved,
-    Run,
-    draw,
-    fall,
-    finished,
-    held_out,
-    learning_rate,
-    main,
-    train,
-    train_all,
-)
+from mythos_core.training import NotProved, Run, finished, held_out, train, train_all
+from mythos_core.training.__main__ import main
+from mythos_core.training.schedule import draw, fall, learning_rate
 
 SHORT = replace(get_recipe("parity-carrying"), steps=12)
 
@@ -315,7 +306,7 @@ def rows(*proofs, steps=40):
 
 
 def test_the_rate_falls_from_a_proof_for_as_many_steps_and_again_if_the_proof_is_lost(monkeypatch):
-    monkeypatch.setattr("mythos_core.training.LEAST_FALL", 5)
+    monkeypatch.setattr("mythos_core.training.schedule.LEAST_FALL", 5)
     assert fall(rows((10, False))) is None
     assert fall(rows((10, False), (20, True))) == (20, 40) and fall(rows((2, True))) == (2, 7)
     assert fall(rows((10, True), (20, False), (25, True))) == (25, 50)

@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 REPOSITORY = re.search(r'Repository = "(.*?)"', PROJECT)[1]
-DOCS = ("claims", "use", "batches", "bench", "results")
+DOCS = ("glossary", "claims", "use", "batches", "bench", "language", "peers", "results")
 SOURCES = [ROOT / "README.md", *sorted(ROOT.glob("notebooks/*.ipynb")),
            *(ROOT / "docs" / f"{name}.md" for name in DOCS)]
 PAGES = {path.name: "index" if path.stem == "README" else path.stem for path in SOURCES}

@@ -22,7 +22,8 @@ from mythos_core import OpenMythos
 from mythos_core.config import parity_config
 from mythos_core.parity import make_batch
 from mythos_core.recipes import get_recipe
-from mythos_core.training import draw, train
+from mythos_core.training import train
+from mythos_core.training.schedule import draw
 
 ROUNDS = 21
 DEVICES = ["cpu",

@@ -1,16 +1,12 @@
 """Training by a recipe: with progress, interruptible, resumable to the same bits; and until it is
 proved, if the recipe says what the model is to be.
-
-    python -m mythos_core.training --recipe parity-extrapolating --seed 0 --out build/run
-    python -m mythos_core.training --machine 'regex:(ab)*c' --seed 0 --out build/run
 """
-import argparse
 import json
 import pickle
 import shlex
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -18,21 +14,17 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from mythos_core import figures
 from mythos_core.automaton import NOT_ASKED
 from mythos_core.certificate import Certificate, certify
 from mythos_core.checkpoint import load, save, whole_steps
 from mythos_core.losses import bits, center_loss, handing_on, mean_loss, move_weights, ponder
-from mythos_core.machines import machine
 from mythos_core.model import OpenMythos
 from mythos_core.provenance import commit
-from mythos_core.recipes import RECIPES, Recipe, get_recipe, recipe_for
+from mythos_core.recipes import RECIPES, Recipe, get_recipe
+from mythos_core.training.schedule import CERTIFY_EVERY, draw, fall, learning_rate
 
 SAVE_EVERY = 100    # steps between checkpoints
 EVAL_EVERY = 50     # steps between looks at held-out strings
-CERTIFY_EVERY = 10  # steps between attempts at a proof, once the batches are answered right
-LEAST_FALL = 50     # steps over which the learning rate falls behind a proof, at least
-PATIENCE = 20       # attempts refused behind which it falls without one
 
 
 class NotProved(RuntimeError):
@@ -89,7 +81,7 @@ def train(recipe: Recipe | str, seed: int = 0, device=None, progress: bool = Tru
             recipe or seed.
     """
     recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
-    _check(recipe, seed, device)
+    check(recipe, seed, device)
     checkpoint = Path(out) / "checkpoint.pt" if out else None
     if out:
         Path(out).mkdir(parents=True, exist_ok=True)
@@ -116,7 +108,7 @@ def train(recipe: Recipe | str, seed: int = 0, device=None, progress: bool = Tru
     return run
 
 
-def _check(recipe: Recipe, seed: int, device):
+def check(recipe: Recipe, seed: int, device):
     """ValueError for what no training could begin with, naming it."""
     for name, value in {"steps": recipe.steps, "batch": recipe.batch}.items():
         if value < 1:
@@ -181,7 +173,7 @@ def _loop(run: Run, optimizer, checkpoint, progress, stopped):
         while not finished(run):
             step = len(run.history)
             torch.manual_seed((run.seed * 1_000_003 + step + 1) % 2 ** 32)
-            row = {"step": step, **_step(run, optimizer, step)}
+            row = {"step": step, **take_step(run, optimizer, step)}
             run.history.append(row)
             shown["proof"] = _attempt(run, row) or shown.get("proof", "")
             row["seconds"] = time.perf_counter() - start
@@ -198,26 +190,6 @@ def _loop(run: Run, optimizer, checkpoint, progress, stopped):
             if stopped:
                 raise KeyboardInterrupt
     run.model.eval()
-
-
-def fall(history: list[dict]) -> tuple[int, int] | None:
-    """The first step of the latest fall of the learning rate, and the one after its last;
-    None before the first.
-
-    A fall begins at a proof, and takes as many steps again as led there. Where the proof does not
-    hold at its end, the rate is what it was, and the next proof begins another. It begins without a
-    proof too, at the last of `PATIENCE` attempts that were refused: where many moves lead to one
-    state, what they leave may lie too far apart to be rounded to one code, and it is the center
-    loss of a fall that brings it together.
-    """
-    span, refused = None, 0
-    for row in history:
-        done = row["step"] + 1
-        if "proved" in row and (span is None or done > span[1]):
-            refused += 1
-            if row["proved"] or refused == PATIENCE:
-                span, refused = (done, done + max(LEAST_FALL, done)), 0
-    return span
 
 
 def finished(run: Run) -> bool:
@@ -241,7 +213,7 @@ def _attempt(run: Run, row: dict) -> str:
     return f"{certificate.contexts} contexts, {certificate.wrong} wrong"
 
 
-def _step(run: Run, optimizer, step) -> dict:
+def take_step(run: Run, optimizer, step) -> dict:
     """One optimiser step; its loss and token accuracy."""
     model, recipe = run.model, run.recipe
     model.train()
@@ -288,31 +260,6 @@ def _settled(run: Run, ids):
     return model.decode(h, ctx), recipe.center_loss * center_loss(h, states) if falling else 0.0
 
 
-def learning_rate(recipe: Recipe, step: int, span: tuple[int, int] | None = None) -> float:
-    """Linear warm-up, constant, linear decay: over the last part of the recipe's steps, or of a
-    recipe with a machine over the `span` of a `fall`."""
-    rise = min(1.0, (step + 1) / recipe.warmup) if recipe.warmup else 1.0
-    decline = min(1.0, (1 - step / recipe.steps) / recipe.decay + 0.01) if recipe.decay else 1.0
-    if span and span[0] <= step < span[1]:
-        decline = 1.0 - 0.95 * (step - span[0]) / (span[1] - span[0])
-    return recipe.lr * rise * decline
-
-
-def draw(recipe: Recipe, step: int) -> tuple[int, int | None]:
-    """String length and loops of a step, from torch's default generator;
-    loops None: until settled."""
-    shortest, longest = recipe.lengths
-    if recipe.curriculum:
-        longest = max(3, min(longest, int(3 + step / recipe.steps / recipe.curriculum * longest)))
-    length = int(torch.randint(min(shortest, longest), longest + 1, ()))
-    if recipe.loops is None:
-        return length, None
-    fewest, most = recipe.loops
-    most = most if recipe.spare_loops is None else max(
-        fewest, min(most, length + recipe.spare_loops))
-    return length, int(torch.randint(fewest, most + 1, ()))
-
-
 @torch.no_grad()
 def held_out(model: OpenMythos, recipe: Recipe, batch: int = 256) -> float:
     """Whole-string accuracy on fresh uniform strings of the longest trained length,
@@ -326,55 +273,3 @@ def held_out(model: OpenMythos, recipe: Recipe, batch: int = 256) -> float:
     ids, targets = recipe.make_batch(batch, recipe.lengths[1], generator, device)
     right = (model.eval()(ids, n_loops).argmax(-1) == targets) | (targets == NOT_ASKED)
     return right.all(1).cpu().float().mean().item()  # on a GPU a mean of ones may be below 1
-
-
-def pace(recipe: Recipe, device=None) -> float:
-    """Seconds that a step takes here, of a model that is thrown away."""
-    with torch.random.fork_rng():
-        run = Run(recipe, 0, OpenMythos(recipe.config).to(device))
-        optimizer = torch.optim.AdamW(run.model.parameters(), recipe.lr)
-        for _ in range(2):                                       # the first one warms up
-            start = time.perf_counter()
-            _step(run, optimizer, recipe.steps - 1)
-    return time.perf_counter() - start
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m mythos_core.training",
-                                     description="Train a recipe from scratch.")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--recipe", help=f"one of {sorted(RECIPES)}")
-    what.add_argument("--machine", help="train until it is proved to be this machine, such as S3, "
-                                        "even-pairs, divisible-by-7, or 'regex:(ab)*c'")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="instead of the recipe's own number")
-    parser.add_argument("--device")
-    parser.add_argument("--out", required=True,
-                        help="folder for checkpoint, weights, history, certificate and the "
-                             "picture of the automaton")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    args = parser.parse_args(argv)
-    try:
-        recipe = get_recipe(args.recipe) if args.recipe else recipe_for(machine(args.machine))
-        recipe = replace(recipe, **({} if args.steps is None else {"steps": args.steps}))
-        _check(recipe, args.seed, args.device)
-        seconds = pace(recipe, args.device)
-        print(f"{recipe.name}: at most {recipe.steps:,} steps, which take "
-              f"{recipe.steps * seconds / 60:.1f} minutes here")
-        run = train(recipe, args.seed, args.device, out=args.out, resume=args.resume)
-    except (ValueError, OSError, FloatingPointError, NotProved) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, f"\nstopped; go on with --resume (checkpoint in {args.out})\n")
-    last, proof = run.history[-1], ""
-    if run.certificate:
-        proof = (f", proved by {run.certificate.contexts} contexts "
-                 f"with {len(run.certificate.codes)} codes")
-        figures.draw_machine(run.certificate.machine).savefig(Path(args.out, "automaton.png"))
-    print(f"{recipe.name}, seed {args.seed}: loss {last['loss']:.5f}, "
-          f"whole strings {last['held_out']:.3f}{proof}, "
-          f"{last['seconds']:.1f} s; weights in {args.out}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,69 @@
+"""The command line of training: what a training takes is said before it starts.
+
+    python -m mythos_core.training --recipe parity-extrapolating --seed 0 --out build/run
+    python -m mythos_core.training --machine 'regex:(ab)*c' --seed 0 --out build/run
+"""
+import argparse
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from mythos_core import figures
+from mythos_core.machines import machine
+from mythos_core.model import OpenMythos
+from mythos_core.recipes import RECIPES, Recipe, get_recipe, recipe_for
+from mythos_core.training import NotProved, Run, check, take_step, train
+
+
+def pace(recipe: Recipe, device=None) -> float:
+    """Seconds that a step takes here, of a model that is thrown away."""
+    with torch.random.fork_rng():
+        run = Run(recipe, 0, OpenMythos(recipe.config).to(device))
+        optimizer = torch.optim.AdamW(run.model.parameters(), recipe.lr)
+        for _ in range(2):                                       # the first one warms up
+            start = time.perf_counter()
+            take_step(run, optimizer, recipe.steps - 1)
+    return time.perf_counter() - start
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m mythos_core.training",
+                                     description="Train a recipe from scratch.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--recipe", help=f"one of {sorted(RECIPES)}")
+    what.add_argument("--machine", help="train until it is proved to be this machine, such as S3, "
+                                        "even-pairs, divisible-by-7, or 'regex:(ab)*c'")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="instead of the recipe's own number")
+    parser.add_argument("--device")
+    parser.add_argument("--out", required=True,
+                        help="folder for checkpoint, weights, history, certificate and the "
+                             "picture of the automaton")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    args = parser.parse_args(argv)
+    try:
+        recipe = get_recipe(args.recipe) if args.recipe else recipe_for(machine(args.machine))
+        recipe = replace(recipe, **({} if args.steps is None else {"steps": args.steps}))
+        check(recipe, args.seed, args.device)
+        seconds = pace(recipe, args.device)
+        print(f"{recipe.name}: at most {recipe.steps:,} steps, which take "
+              f"{recipe.steps * seconds / 60:.1f} minutes here")
+        run = train(recipe, args.seed, args.device, out=args.out, resume=args.resume)
+    except (ValueError, OSError, FloatingPointError, NotProved) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"\nstopped; go on with --resume (checkpoint in {args.out})\n")
+    last, proof = run.history[-1], ""
+    if run.certificate:
+        proof = (f", proved by {run.certificate.contexts} contexts "
+                 f"with {len(run.certificate.codes)} codes")
+        figures.draw_machine(run.certificate.machine).savefig(Path(args.out, "automaton.png"))
+    print(f"{recipe.name}, seed {args.seed}: loss {last['loss']:.5f}, "
+          f"whole strings {last['held_out']:.3f}{proof}, "
+          f"{last['seconds']:.1f} s; weights in {args.out}")
+
+
+if __name__ == "__main__":
+    main()
