@@ -18,8 +18,8 @@ from hashlib import sha256
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-NOTEBOOKS = ("03_spectral_stability", "04_training", "05_depth_extrapolation", "07_moe_utilization",
-             "09_state_tracking", "10_text")
+NOTEBOOKS = ("03_spectral_stability", "04_training", "05_depth_extrapolation", "09_state_tracking",
+             "10_text")
 FILES = [TESTS / "test_certificate.py", TESTS / "test_strict.py",
          *(TESTS.parent / "notebooks" / f"{name}.ipynb" for name in NOTEBOOKS)]
 
