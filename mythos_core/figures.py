@@ -60,6 +60,28 @@ def loop_by_position(ax, matrix, title: str, label: str, **imshow):
     return image
 
 
+def table_of_shares(ax, by_seed: dict[str, dict[str, list[float]]], title: str):
+    """Rows and columns of shares in 0 .. 1, each a list over seeds: the colour is their mean, and
+    the text the lowest and the highest in %, or the one number that they all are. Empty: no
+    run."""
+    columns = list(dict.fromkeys(name for row in by_seed.values() for name in row))
+    shown = np.full((len(by_seed), len(columns)), np.nan)
+    for y, row in enumerate(by_seed.values()):
+        for x, name in enumerate(columns):
+            if seeds := row.get(name):
+                shown[y, x] = np.mean(seeds)
+                low, high = (f"{100 * share:.0f}" for share in (min(seeds), max(seeds)))
+                ax.text(x, y, low if low == high else f"{low}-{high}", ha="center", va="center",
+                        fontsize=7.5, color="white" if shown[y, x] < 0.5 else "black")
+    ax.imshow(shown, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    ax.set(title=title, xticks=range(len(columns)), yticks=range(len(by_seed)))
+    ax.set_xticklabels(columns, fontsize=9)
+    ax.set_yticklabels(by_seed, fontsize=9)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    ax.grid(False)
+
+
 MOST_DRAWN = 24  # states of a machine whose moves are labelled
 
 

@@ -97,3 +97,14 @@ def test_a_machine_is_drawn_with_its_letters_and_answers():
     fig = figures.draw_machine(machine("decimal-addition"))
     assert any("..." in text.get_text() for text in fig.axes[0].texts)
     plt.close(fig)
+
+
+def test_a_table_of_shares_says_the_range_over_seeds():
+    _, ax = plt.subplots()
+    figures.table_of_shares(ax, {"GRU": {"S3": [1.0, 0.5], "Z5": [1.0, 1.0]}, "none": {"Z5": [0]}},
+                            "whole")
+    assert [text.get_text() for text in ax.texts] == ["50-100", "100", "0"]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["S3", "Z5"]
+    shown = ax.images[0].get_array()
+    assert shown.tolist()[0] == [0.75, 1.0] and shown.mask.tolist() == [[False] * 2, [True, False]]
+    plt.close("all")

@@ -368,9 +368,52 @@ def by_loops_table():
     return "\n".join(lines)
 
 
-def test_the_public_recipe_s_rows_are_quoted():
-    if by_loops_table() not in PAGE:
-        pytest.fail(f"paste this into docs/peers.md:\n\n{by_loops_table()}\n", pytrace=False)
+def span_of(values):
+    """The least and the most, or the one that they all are."""
+    values = list(values)
+    return f"{min(values)}" if min(values) == max(values) else f"{min(values)} to {max(values)}"
+
+
+def peers_table():
+    """What docs/peers.md quotes of the measure `peers`: strings whole by length in %, over the
+    seeds; on how many the rows were closed at the end, and how many rows those are."""
+    rows = study.load(study.RESULTS / "peers.json")
+    lines = ["| machine | model | whole, 16 elements | 64 | 256 | proved | by rows |",
+             "|---|---|---|---|---|---|---|"]
+    for asked, name in product(study.MEASURED["peers"], peers.PEERS):
+        of = [row for row in rows if (row["variant"], row["peer"]) == (asked, name)]
+        proved = [row["rows"] for row in of if row.get("rows")]
+        cells = [f"`{asked.removeprefix('machine ')}`", name,
+                 *(span_of(round(100 * row["whole"][n]) for row in of) for n in ("16", "64", "256")),
+                 f"{len(proved)} of {len(of)}" if "rows" in of[0] else "has no table",
+                 span_of(proved) if proved else "-"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def ladder_table():
+    """What docs/peers.md quotes of the measure `ladder`: of each task within 16 elements the
+    machine's states, seeds proved, steps; strings whole by length, of 64; elements of the shortest
+    string that is answered wrong."""
+    rows = study.load(study.RESULTS / "ladder.json")
+    lines = ["| task | states | proved | steps | whole of 64: 16 elements | 20 | 64 | first wrong |",
+             "|---|---|---|---|---|---|---|---|"]
+    for asked in study.MEASURED["ladder"]:
+        of = [row for row in rows if row["variant"] == asked]
+        assert all(row["closure"]["wrong"] for row in of)
+        cells = [f"`{asked.removeprefix('task ').removesuffix(' of 16')}`", str(of[0]["states"]),
+                 f"{sum(row['certificate']['proved'] for row in of)} of {len(of)}",
+                 span_of(row["steps"] for row in of),
+                 *(span_of(row["lengths"][n]["whole"] for row in of) for n in ("16", "20", "64")),
+                 span_of(row["closure"]["elements"] for row in of)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("table", [by_loops_table, peers_table, ladder_table])
+def test_rows_are_quoted(table):
+    if table() not in PAGE:
+        pytest.fail(f"paste this into docs/peers.md:\n\n{table()}\n", pytrace=False)
 
 
 def test_what_the_page_says_of_more_loops_is_true_of_every_seed():
@@ -389,6 +432,26 @@ def test_what_the_page_says_of_more_loops_is_true_of_every_seed():
     for n in (3, 8):
         assert max(max(token) for token in swept["digits-mod-10", f"article, {n} loops"]) < 0.2
     assert not any(any(of) for key, of in lost.items() if key[1] == "strict")
+
+
+def test_what_the_page_says_of_peers_and_of_the_ladder_is_true_of_every_seed():
+    proved, rows = set(), study.load(study.RESULTS / "peers.json")
+    for row in rows:
+        if row.get("rows"):
+            proved.add((row["peer"], row["variant"].removeprefix("machine ")))
+    assert {asked for name, asked in proved if name != "GRU"} == {"parity"}
+    assert "linear, eigenvalues in (0, 1)" not in {name for name, _ in proved}
+    assert any(row.get("rows") and row["whole"]["256"] < 1 for row in rows if row["peer"] == "GRU")
+    ours = [row for row in study.load(study.RESULTS / "machines.json")
+            if row["variant"] in study.MEASURED["peers"]]
+    assert all(row["certificate"]["proved"] for row in ours)
+    steps = [row["steps"] for row in ours if row["variant"] == "machine modular-arithmetic"]
+    assert f"{min(steps):,} to {max(steps):,} for modular arithmetic" in PAGE
+    assert max(row["steps"] for row in ours if row["steps"] not in steps) <= peers.BUDGET
+    for row in study.load(study.RESULTS / "ladder.json"):
+        counts = row["variant"] in ("task a^n b^n of 16", "task brackets-1 of 16")
+        assert row["certificate"]["proved"] == counts and row["closure"]["wrong"]
+        assert row["closure"]["elements"] >= 16 if counts else row["steps"] == 1000
 
 
 def as_line(row):

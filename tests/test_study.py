@@ -71,7 +71,7 @@ def test_whole_strings_counts_strings_that_are_right_everywhere():
 
 
 @pytest.fixture(params=["proofs", "machines", "far", "reach", "ablations", "exits", "experts",
-                        "generation", "states", "gru", "pace", "reference"])
+                        "generation", "states", "gru", "pace", "reference", "ladder", "peers"])
 def committed(request):
     return study.load(study.RESULTS / f"{request.param}.json")
 
@@ -269,7 +269,7 @@ def test_every_comparison_has_five_seeds_and_none_left_out(measure):
         for seed in range(5)])
 
 
-@pytest.mark.parametrize("measure", ["reference"])
+@pytest.mark.parametrize("measure", ["reference", "ladder", "peers"])
 def test_every_model_was_run_on_every_variant_and_no_seed_left_out(measure):
     """Seeds from 0 on without a gap. And what a row says of itself makes it: the command names the
     model too."""
@@ -343,5 +343,5 @@ def test_signals_and_points_are_what_a_plain_look_gives():
 
 def test_continuations_are_counted_whole():
     model = OpenMythos.from_pretrained("parity-carrying")
-    assert parity.continued(model, parity.fresh_strings(16), 32, None) == 1.0
-    assert parity.continued(model, parity.fresh_strings(16), 2, None) < 1
+    assert parity.continued(model, study.fresh_strings(16), 32, None) == 1.0
+    assert parity.continued(model, study.fresh_strings(16), 2, None) < 1

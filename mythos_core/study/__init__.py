@@ -1,7 +1,7 @@
 """The study behind notebooks 05 to 09: the recipe, every ingredient taken away or put back alone,
-several seeds. Here are its variants and its rows; the other modules say what is measured of each. A
-run of it is mythos_core/study.ipynb, which trains one variant with one seed and measures it;
-`mythos_core.batch` runs the grid of them (see docs/results.md)."""
+several seeds. Here are its variants, its rows and its strings; the other modules say what is
+measured of each. A run of it is mythos_core/study.ipynb, which trains one variant with one seed and
+measures it; `mythos_core.batch` runs the grid of them (see docs/results.md)."""
 import json
 import re
 from dataclasses import replace
@@ -9,7 +9,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
 from mythos_core.machines import machine
+from mythos_core.parity import make_batch
 from mythos_core.recipes import Recipe, get_recipe, recipe_for
 from mythos_core.tasks import task
 
@@ -57,3 +62,8 @@ def load(file: Path) -> list[dict]:
     rows = json.loads(file.read_text(encoding="utf-8"))
     order = [*VARIANTS, *chain(*MEASURED.values())]
     return sorted(rows, key=lambda row: (order.index(row["variant"]), row["seed"]))
+
+
+def fresh_strings(length: int, strings: int = 16) -> Int[Tensor, "strings length"]:
+    """The uniform strings on which all runs are tested."""
+    return make_batch(strings, length, torch.Generator().manual_seed(2 ** 31 + length))[0]

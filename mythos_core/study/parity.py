@@ -16,6 +16,7 @@ from mythos_core.probes import (
     max_violation,
 )
 from mythos_core.recipes import Recipe
+from mythos_core.study import fresh_strings
 from mythos_core.training import Run
 
 # loops given to strings of each length; a scan gets 2 log2(length)
@@ -47,11 +48,6 @@ def right(model: OpenMythos, ids: Int[Tensor, "batch seq"],
                           for part in ids.split(max(1, TOKENS // ids.shape[1]))], 1)
     read = [logits.argmax(-1) for logits in logits_after(model, ids, loops)]
     return (torch.stack(read) == answers(ids)).cpu()
-
-
-def fresh_strings(length: int, strings: int = 16) -> Int[Tensor, "strings length"]:
-    """The uniform strings on which all runs are tested."""
-    return make_batch(strings, length, torch.Generator().manual_seed(2 ** 31 + length))[0]
 
 
 def whole_strings(model: OpenMythos, length: int, n_loops: int, strings: int = 16) -> float:
