@@ -153,8 +153,8 @@ def test_measurements_come_back_on_the_cpu():
     found = [sweep.correct, sweep.loops_needed, halting.probability, halting.stopped_at,
              probes.expert_load(model, ids, 3), probes.state_norms(model, ids, 3)]
     assert {tensor.device.type for tensor in found} == {"cpu"}
-    rho, sigma = probes.loop_spectrum(model, ids[:1], 2, 20)
-    judged = probes.loop_spectrum(model.cpu().double(), ids[:1].cpu(), 2, 20)
+    rho, sigma = probes.loop_spectrum(model, ids[:1], 2)
+    judged = probes.loop_spectrum(model.cpu().double(), ids[:1].cpu(), 2)
     assert (rho, sigma) == pytest.approx(judged, rel=1e-3)
 
 

@@ -1,15 +1,18 @@
-"""How cost grows, ours beside open-mythos 0.5.0, as figures/bench_scaling.png. By `make bench`. No
-position halts, so that every loop asked for is run."""
+"""How cost grows, as two figures, by `make bench`: ours beside open-mythos 0.5.0, and a strict
+model's by the order in which its positions settle. No position halts, so that every loop asked for
+is run."""
 import statistics
 from functools import partial
 
 import machine
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from matplotlib.ticker import LogLocator
 from workloads import NEVER, decode, forward, mixture, training_step
 
-from mythos_core import figures
+from mythos_core import KVCache, OpenMythos, figures
+from mythos_core.parity import make_batch
 
 RUNS = 5
 run_all = partial(forward, "cpu", loops=4, halt_bias=NEVER)
@@ -30,9 +33,17 @@ COLOURS = {"open-mythos": figures.COLOURS["reference"], "ours": figures.COLOURS[
            "ours, window of 4": figures.COLOURS["extrapolating"]}
 
 
-def medians(*works) -> list[float]:
+#: Ways to settle a whole string of a strict model.
+SCHEDULES = {"all at once": lambda model, ids: model(ids, ids.shape[1]),
+             "pieces of 32": lambda model, ids: model(ids, 32, KVCache(ids.shape[1])),
+             "pieces of 8": lambda model, ids: model(ids, 8, KVCache(ids.shape[1])),
+             "left to right": lambda model, ids: model(ids)}
+LENGTHS = (32, 64, 128, 256, 512)
+
+
+def medians(*works, runs=RUNS) -> list[float]:
     """Milliseconds of each, in turns, after one turn that is not counted."""
-    taken = [[1e3 * machine.seconds(work) for work in works] for _ in range(RUNS + 1)]
+    taken = [[1e3 * machine.seconds(work) for work in works] for _ in range(runs + 1)]
     return [statistics.median(times) for times in zip(*taken[1:])]
 
 
@@ -52,16 +63,15 @@ def measure(panel) -> dict:
     return {"threads": threads, "values": values, "milliseconds": curves, "exponents": exponents}
 
 
-def draw(ax, panel, threads, values, milliseconds, exponents):
-    title, label, *_ = PANELS[panel]
+def draw(ax, colours, title, label, threads, values, milliseconds, exponents):
     by_cost = sorted(milliseconds, key=lambda name: milliseconds[name][-1])
     for rank, name in enumerate(by_cost):
         # labels of curves that end together stay readable
         times, apart = milliseconds[name], 12 * (rank - (len(by_cost) - 1) / 2)
-        ax.loglog(values, times, "o-", color=COLOURS[name], markersize=4)
+        ax.loglog(values, times, "o-", color=colours[name], markersize=4)
         text = f"{name} $n^{{{round(exponents[name], 2) + 0.0:.2f}}}$"  # + 0.0: not -0.00
         ax.annotate(text, (values[-1], times[-1]), (6, apart), textcoords="offset points",
-                    va="center", fontsize=9, color=COLOURS[name], annotation_clip=False)
+                    va="center", fontsize=9, color=colours[name], annotation_clip=False)
     ax.set(title=title, xlabel=label,
            ylabel=f"milliseconds on {threads} thread{'s' * (threads > 1)}", xticks=values,
            xticklabels=values)
@@ -75,7 +85,39 @@ def test_scaling():
     figures.use_house_style()
     fig, axes = plt.subplots(2, 3, figsize=(14, 7))
     measured = {panel: measure(panel) for panel in PANELS}
-    for panel, ax in zip(PANELS, axes.flat):
-        draw(ax, panel, **measured[panel])
-    alt = "Six log-log panels of milliseconds, ours beside open-mythos: against loops, length, batch, experts, and context with GQA and MLA"
+    for (panel, (title, label, *_)), ax in zip(PANELS.items(), axes.flat):
+        draw(ax, COLOURS, title, label, **measured[panel])
+    alt = ("Six log-log panels of milliseconds, ours beside open-mythos: against loops, length, "
+           "batch, experts, and context with GQA and MLA")
     figures.save(fig, "bench_scaling", alt, **measured)
+
+
+@torch.no_grad()
+def schedules(strings: int) -> dict:
+    """As `measure`, of so many strings of each of `LENGTHS`, by the proved parity model; all
+    schedules have the same answers."""
+    model = OpenMythos.from_pretrained("parity-extrapolating").without_halting()
+    rows = []
+    for length in LENGTHS:
+        ids, answers = make_batch(strings, length)
+        works = [lambda way=way, ids=ids: way(model, ids) for way in SCHEDULES.values()]
+        assert all(torch.equal(work().argmax(-1), answers) for work in works)
+        rows.append(medians(*works, runs=3))
+    curves = dict(zip(SCHEDULES, zip(*rows)))
+    exponents = {name: np.polyfit(np.log(LENGTHS[1:]), np.log(times[1:]), 1)[0]
+                 for name, times in curves.items()}
+    return {"threads": 1, "values": LENGTHS, "milliseconds": curves, "exponents": exponents}
+
+
+def test_schedules_of_a_strict_loop():
+    figures.use_house_style()
+    fig, axes = plt.subplots(1, 2, figsize=(11, 4))
+    colours = dict(zip(SCHEDULES, ("#777777", *(figures.COLOURS[name] for name in
+                                                ("reference", "extrapolating", "article")))))
+    with machine.threads(1):
+        measured = {f"{strings} strings": schedules(strings) for strings in (1, 16)}
+    for ax, title, found in zip(axes, ("One string", "16 strings"), measured.values()):
+        draw(ax, colours, title, "positions", **found)
+    alt = ("Two log-log panels of milliseconds against length, for one string and for 16: a strict "
+           "model settled all at once, in pieces of 32 and of 8, and from left to right")
+    figures.save(fig, "bench_schedules", alt, **measured)

@@ -1,5 +1,5 @@
 """The work that is timed. Each function gives a `Pair`: the same work by open-mythos 0.5.0 and by
-us, with the same weights."""
+us, with the same weights; or by a strict model of ours in two ways."""
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -8,7 +8,7 @@ import peer
 import torch
 import torch.nn.functional as F
 
-from mythos_core import KVCache, from_open_mythos
+from mythos_core import KVCache, OpenMythos, from_open_mythos
 from mythos_core.config import parity_config, tutorial_config
 from mythos_core.parity import make_batch
 
@@ -21,11 +21,13 @@ NEVER = -4.0
 @dataclass(frozen=True)
 class Pair:
     """Two callables that do the same and return tensors to compare, and the bytes that any
-    implementation has to move for it."""
+    implementation has to move for it. Where they are not `alike`, they do the same job with other
+    weights, and only shapes are compared."""
 
     theirs: Callable
     ours: Callable
     moved: int
+    alike: bool = True
 
 
 def training_step(device, loops=3, halt_bias=0.0, compiled=False) -> Pair:
@@ -87,6 +89,82 @@ def decode(device, attn_type, context) -> Pair:
         cache.length = context
         return ours(ids[:, -1:], 8, cache)
     return finished(their_token, our_token, cache.nbytes + weights(ours), device)
+
+
+def strict_token(device, n_loops, context=1536) -> Pair:
+    """One token of a strict model behind `context` others that have settled: by `n_loops` loops,
+    and by the one that is enough."""
+    model = strict_model("gqa", device)
+    ids, cache = filled(model, context, device)
+
+    @torch.inference_mode()                                      # as `forward` is behind a cache
+    def looped():
+        cache.length = context                                   # go back by the position written
+        ctx = model.context(ids[:, -1:], cache)                  # `forward` would stop after one
+        return model.decode(model.recurrent(model.encode(ids[:, -1:], ctx), n_loops, ctx), ctx)
+
+    def one_loop():
+        cache.length = context
+        return model(ids[:, -1:], 1, cache)
+    return finished(looped, one_loop, cache.nbytes + weights(model), device)
+
+
+def strict_decode(device, attn_type, context=1536) -> Pair:
+    """One token behind `context` others: of the reference at 16 loops, and of a strict model of the
+    same size, which needs one."""
+    theirs, _ = models(tutorial_config(attn_type, max_seq_len=4096), device)
+    model = strict_model(attn_type, device)
+    ids, cache = filled(model, context, device)
+    their_cache: dict = {}
+    with torch.no_grad():
+        theirs(ids[:, :-1], 16, their_cache, 0)
+
+    @torch.no_grad()
+    def their_token():
+        return theirs(ids[:, -1:], 16, dict(their_cache), context)
+
+    def our_token():
+        cache.length = context
+        return model(ids[:, -1:], 1, cache)
+    pair = finished(their_token, our_token, cache.nbytes + weights(model), device)
+    return replace(pair, alike=False)
+
+
+def strict_string(device, length=1024, strings=16) -> Pair:
+    """Answers to strings from scratch by the proved parity model: as many loops as positions over
+    all of them, and from left to right, each position once."""
+    model = OpenMythos.from_pretrained("parity-extrapolating", map_location=device)
+    model = model.without_halting()
+    ids, _ = make_batch(strings, length, device=device)
+    looped, settled = (torch.no_grad()(lambda n=n: model(ids, n).argmax(-1))
+                       for n in (length, None))
+    return finished(looped, settled, weights(model), device)
+
+
+def strict_model(attn_type, device) -> OpenMythos:
+    """Of the tutorial's size, untrained; it runs every loop that it is asked for."""
+    torch.manual_seed(0)
+    config = tutorial_config(attn_type, max_seq_len=4096, strict=True, carry=False,
+                             halting="none", loop_embedding=False, lora_rank=0)
+    return OpenMythos(config).to(device).eval()
+
+
+def filled(model, context, device):
+    """8 strings of one token more than `context`, and the model's cache behind that many."""
+    ids, cache = torch.randint(0, 256, (8, context + 1), device=device), KVCache(context + 1)
+    model(ids[:, :-1], 8, cache)
+    return ids, cache
+
+
+def strict_cache(n_loops=16, context=512) -> tuple[int, int]:
+    """Bytes of keys and values of 8 strings with an entry for each of `n_loops`, as an ordinary
+    loop needs, and with a strict loop's one for all."""
+    each, one = KVCache(), KVCache()
+    ids = torch.randint(0, 256, (8, context))
+    ordinary = OpenMythos(tutorial_config("gqa", halting="none", max_seq_len=4096)).eval()
+    ordinary(ids, n_loops, each)
+    strict_model("gqa", "cpu")(ids, n_loops, one)
+    return each.nbytes, one.nbytes
 
 
 def cache_bytes(attn_type, context) -> tuple[int, int]:
