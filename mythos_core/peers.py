@@ -246,9 +246,10 @@ def peer_row(name: str, recipe: Recipe, seed: int, device=None) -> dict:
     end of training (None: not closed)."""
     if name not in PEERS:
         raise ValueError(f"peer = {name!r}: must be one of {sorted(PEERS)}")
-    model, history = fit(PEERS[name], budgeted(recipe), seed, device)
+    recipe = budgeted(recipe)
+    model, history = fit(PEERS[name], recipe, seed, device)
     row = {"steps": len(history), "loss": history[-1]["loss"], "parameters": count(model),
-           **accuracy(model, recipe.machine)}
+           "recipe": recipe.as_dict(), **accuracy(model, recipe.machine)}
     if not isinstance(model, Recurrent):
         return row
     closed = [row["step"] for row in history if row.get("rows")]

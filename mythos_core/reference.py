@@ -47,14 +47,16 @@ def reference_row(name: str, asked: Machine, seed: int, device=None) -> dict:
     if name not in TRAINED:
         raise ValueError(f"peer = {name!r}: must be one of {sorted(TRAINED)}")
     recipe = TRAINED[name](asked)
+    row = {"recipe": recipe.as_dict()}
     if not recipe.config.strict:
         model, history = fit(lambda recipe: OpenMythos(recipe.config), recipe, seed, device)
-        return {"loss": history[-1]["loss"], "by_loops": by_loops(model, asked)}
+        return row | {"loss": history[-1]["loss"], "by_loops": by_loops(model, asked)}
     try:
         run = train(recipe, seed, device, progress=False)
     except NotProved as failed:
-        return {"proved": False, "reason": str(failed)}
-    return {"proved": True, "steps": len(run.history), "by_loops": by_loops(run.model.cpu(), asked)}
+        return row | {"proved": False, "reason": str(failed)}
+    return row | {"proved": True, "steps": len(run.history),
+                  "by_loops": by_loops(run.model.cpu(), asked)}
 
 
 @torch.no_grad()

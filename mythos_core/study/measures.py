@@ -53,7 +53,7 @@ def row_of(variant: str, seed: int, measure: str, *, steps: int | None = None,
         if recipe.machine is None:
             raise ValueError(f"variant = {variant!r}: must be of a machine for "
                              f"measure = {measure!r}")
-        return ALONE[measure](peer, recipe, seed, device) | {"recipe": recipe.as_dict()}
+        return ALONE[measure](peer, recipe, seed, device)
     run: Run | NotProved | SimpleNamespace
     try:
         kept = runs and f"{runs}/{variant}, seed {seed}"
