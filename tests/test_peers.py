@@ -341,7 +341,8 @@ def test_a_reference_row_is_of_one_training_and_says_why_a_strict_one_is_not_pro
     row = reference.reference_row("article, 8 loops", asked, 4)
     assert row["loss"] == 8 + 4 and row["by_loops"]["24"]["executed"] <= 24
     assert reference.reference_row("strict", asked, 4) == {
-        "proved": False, "reason": "parity, seed 4: not proved"}
+        "recipe": reference.strict(asked).as_dict(), "proved": False,
+        "reason": "parity, seed 4: not proved"}
     with pytest.raises(ValueError, match="peer = 'theirs': must be one of"):
         reference.reference_row("theirs", asked, 4)
 
