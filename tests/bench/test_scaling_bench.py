@@ -77,5 +77,6 @@ def test_scaling():
     measured = {panel: measure(panel) for panel in PANELS}
     for panel, ax in zip(PANELS, axes.flat):
         draw(ax, panel, **measured[panel])
-    alt = "Six log-log panels of milliseconds, ours beside open-mythos: against loops, length, batch, experts, and context with GQA and MLA"
+    alt = ("Six log-log panels of milliseconds, ours beside open-mythos: against loops, length, "
+           "batch, experts, and context with GQA and MLA")
     figures.save(fig, "bench_scaling", alt, **measured)
