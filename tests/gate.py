@@ -29,6 +29,10 @@ from matplotlib.testing.compare import compare_images
 from nbformat.v4 import new_code_cell
 from nbval.plugin import IPyNbCell, IPyNbFile
 
+#: An exercise: its task, the code that tests it, and behind a fold the code that solves it.
+EXERCISE = re.compile(r"^(\*\*\d.*?)```python\n(.*?)```\s*"
+                      r"<details><summary>Solution</summary>\s*```python\n(.*?)```.*?</details>",
+                      re.S | re.M)
 TOLERANCE = 0.02  # of a number, or of the mean size of a list's numbers
 PICTURE = 2  # root mean square over pixels, of 255
 
@@ -56,8 +60,7 @@ def exercises(notebook) -> list[Exercise]:
     """Those that are whole: a task, a block of code that tests, a block of code that solves."""
     text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type
                      == "markdown").partition("## Exercises")[2]
-    found = re.findall(r"^(\*\*\d.*?)```python\n(.*?)```\s*<details><summary>Solution</summary>\s*```python\n(.*?)```.*?</details>", text, re.S | re.M)
-    return [Exercise(*(part.strip() for part in parts)) for parts in found]
+    return [Exercise(*(part.strip() for part in parts)) for parts in EXERCISE.findall(text)]
 
 
 def names_saved(source: str) -> list[str]:
@@ -72,12 +75,13 @@ def arithmetic() -> str:
     found = cpuinfo.get_cpu_info()
     kind = str([found.get(key) for key in ("brand_raw", "family", "model", "stepping")])
     processor = hashlib.sha256(kind.encode()).hexdigest()[:8]
-    versions = ", ".join(f"{package.__name__} {package.__version__}"
-                         for package in (torch, np, matplotlib))
-    told = "".join(f", {name} {os.environ[name]}"
-                   for name in ("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
-                   if name in os.environ)
-    return f"{versions}, {torch.backends.cpu.get_cpu_capability()}, processor {processor}, threads {torch.get_num_threads()}{told}"
+    versions = [f"{package.__name__} {package.__version__}"
+                for package in (torch, np, matplotlib)]
+    told = [f"{name} {os.environ[name]}"
+            for name in ("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
+            if name in os.environ]
+    return ", ".join([*versions, torch.backends.cpu.get_cpu_capability(),
+                      f"processor {processor}", f"threads {torch.get_num_threads()}", *told])
 
 
 def differences(committed, fresh, where="", here=True) -> list[str]:

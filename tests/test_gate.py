@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from copy import deepcopy
+from functools import partial
 
 import matplotlib.pyplot as plt
 import nbformat
@@ -16,9 +17,22 @@ from gate import arithmetic, differences, stale
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from test_notebooks import NAMES, ROOT, code, load
 
+RUN = checks.test_every_code_cell_was_run_in_order_without_error
+FORM = checks.test_form
+LITERALS = checks.test_parameters_are_literals
+CLAIMS = checks.test_claims_are_asserted_and_passed
+FIGURES = checks.test_every_figure_has_its_numbers_and_is_shown
+MADE = checks.test_every_committed_figure_is_made_by_a_notebook_the_script_beside_it_or_the_bench
+MACHINE = checks.test_no_machine_in_the_outputs
+EXERCISES = checks.test_exercises_have_minutes_difficulty_a_test_and_a_folded_solution
+
 
 def first(notebook, tag):
     return code(notebook, tag)[0]
+
+
+def stream(text, name="stdout"):
+    return new_output("stream", name=name, text=text)
 
 
 def swap_counts(notebook):
@@ -26,7 +40,29 @@ def swap_counts(notebook):
     a.execution_count, b.execution_count = b.execution_count, a.execution_count
 
 
-def replace_in_prose(old, new):
+def add_an_empty_cell(notebook):
+    notebook.cells.append(new_code_cell(" ", execution_count=len(code(notebook)) + 1))
+
+
+def change(tag, **parts):
+    """A plant: of the first cell with a tag, other parts."""
+    return lambda notebook: first(notebook, tag).update(parts)
+
+
+change_claims = partial(change, "claims")
+
+
+def add_output(output):
+    """A plant: a cell that makes no claim has one more output."""
+    return lambda notebook: code(notebook)[3].outputs.append(output)
+
+
+def compare_no_claim(notebook):
+    first(notebook, "claims").metadata.update(tags=["claims"])
+
+
+def reword(old, new):
+    """A plant: other words in the prose."""
     def plant(notebook):
         cell = next(c for c in notebook.cells if c.cell_type == "markdown" and old in c.source)
         cell.source = cell.source.replace(old, new)
@@ -43,34 +79,34 @@ def clear_pictures(notebook):
         cell.outputs = [o for o in cell.outputs if "image/png" not in o.get("data", {})]
 
 
-RUN, FORM, CLAIMS, FIGURES, EXERCISES = (
-    checks.test_every_code_cell_was_run_in_order_without_error, checks.test_form, checks.test_claims_are_asserted_and_passed,
-    checks.test_every_figure_has_its_numbers_and_is_shown, checks.test_exercises_have_minutes_difficulty_a_test_and_a_folded_solution)
+CALL, FOLD = "\ntest_mla_parameters(mla_parameters)\n", "<details><summary>Solution</summary>"
+ERROR = new_output("error", ename="ValueError", evalue="", traceback=[])
+#: What is wrong with a notebook: the check that has to find it, and a function that plants it.
 FAULTS = {
     "a cell was not executed": (RUN, lambda n: code(n)[3].update(execution_count=None, outputs=[])),
     "two cells ran in another order": (RUN, swap_counts),
     "a cell was executed twice": (RUN, lambda n: code(n)[-1].update(execution_count=99)),
-    "an empty cell": (RUN, lambda n: n.cells.append(new_code_cell(" ", execution_count=len(code(n)) + 1))),
-    "an error among the outputs": (RUN, lambda n: code(n)[3].outputs.append(new_output("error", ename="ValueError", evalue="", traceback=[]))),
-    "a warning among the outputs": (RUN, lambda n: code(n)[3].outputs.append(new_output("stream", name="stderr", text="UserWarning"))),
+    "an empty cell": (RUN, add_an_empty_cell),
+    "an error among the outputs": (RUN, add_output(ERROR)),
+    "a warning among the outputs": (RUN, add_output(stream("UserWarning", "stderr"))),
     "no parameters cell": (FORM, lambda n: n.cells.remove(first(n, "parameters"))),
     "two parameters cells": (FORM, lambda n: n.cells.append(first(n, "parameters"))),
-    "no word of what would falsify it": (FORM, replace_in_prose("What would falsify this", "Outlook")),
-    "a computed parameter": (checks.test_parameters_are_literals, lambda n: first(n, "parameters").update(source="loops = list(range(4))")),
+    "no word of what would falsify it": (FORM, reword("What would falsify this", "Outlook")),
+    "a computed parameter": (LITERALS, change("parameters", source="loops = list(range(4))")),
     "no claims": (CLAIMS, lambda n: [c.metadata.update(tags=[]) for c in code(n, "claims")]),
-    "a claim without an assert": (CLAIMS, lambda n: first(n, "claims").update(source='print("PASS  all is well")')),
-    "an assert on nothing measured": (CLAIMS, lambda n: first(n, "claims").update(source='assert 1 < 2\nprint("PASS")')),
-    "a claim that did not hold": (CLAIMS, lambda n: first(n, "claims").update(outputs=[new_output("stream", text="FAIL  all is lost\n")])),
-    "a claim that said nothing": (CLAIMS, lambda n: first(n, "claims").update(outputs=[])),
-    "a claim that nbval does not compare": (CLAIMS, lambda n: first(n, "claims").metadata.update(tags=["claims"])),
-    "a claim outside of the claims": (CLAIMS, lambda n: code(n)[3].outputs.append(new_output("stream", text="PASS  by the way\n"))),
+    "a claim without an assert": (CLAIMS, change_claims(source='print("PASS  all is well")')),
+    "an assert on nothing measured": (CLAIMS, change_claims(source='assert 1 < 2\nprint("PASS")')),
+    "a claim that did not hold": (CLAIMS, change_claims(outputs=[stream("FAIL  all is lost\n")])),
+    "a claim that said nothing": (CLAIMS, change_claims(outputs=[])),
+    "a claim that nbval does not compare": (CLAIMS, compare_no_claim),
+    "a claim outside of the claims": (CLAIMS, add_output(stream("PASS  by the way\n"))),
     "a figure without files": (FIGURES, rename_a_figure),
     "figures that are not shown": (FIGURES, clear_pictures),
-    "a path of somebody's machine": (checks.test_no_machine_in_the_outputs, lambda n: code(n)[3].outputs.append(new_output("stream", text="/home/me/x"))),
-    "an exercise without minutes": (EXERCISES, replace_in_prose("About 10 minutes", "Soon done")),
-    "an exercise without a test": (EXERCISES, replace_in_prose("        assert mla_parameters", "        mla_parameters")),
-    "a test that nobody calls": (EXERCISES, replace_in_prose("\ntest_mla_parameters(mla_parameters)\n", "\n")),
-    "a solution that is not folded": (EXERCISES, replace_in_prose("<details><summary>Solution</summary>", "Solution")),
+    "a path of somebody's machine": (MACHINE, add_output(stream("/home/me/x"))),
+    "an exercise without minutes": (EXERCISES, reword("About 10 minutes", "Soon done")),
+    "an exercise without a test": (EXERCISES, reword("assert mla_parameters", "mla_parameters")),
+    "a test that nobody calls": (EXERCISES, reword(CALL, "\n")),
+    "a solution that is not folded": (EXERCISES, reword(FOLD, "Solution")),
 }
 
 
@@ -97,8 +133,9 @@ def of_no_notebook(folder):
     (folder / "old.png").write_bytes(b"")
 
 
-@pytest.mark.parametrize(("check", "plant"), [(lambda: FIGURES(load(NAMES[0])), no_json), (lambda: FIGURES(load(NAMES[0])), no_picture),
-                                              (checks.test_every_committed_figure_is_made_by_a_notebook_the_script_beside_it_or_the_bench, of_no_notebook)])
+@pytest.mark.parametrize(("check", "plant"), [(lambda: FIGURES(load(NAMES[0])), no_json),
+                                              (lambda: FIGURES(load(NAMES[0])), no_picture),
+                                              (MADE, of_no_notebook)])
 def test_a_figure_that_lacks_something_is_found(check, plant, tmp_path, monkeypatch):
     for folder in ("notebooks", "figures"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
@@ -169,6 +206,10 @@ class figures:
     def save(fig, name, points):
         fig.savefig(f"{os.environ['MYTHOS_FIGURES']}/{name}.png")
         json.dump({"points": points}, open(f"{os.environ['MYTHOS_FIGURES']}/{name}.json", "w"))"""
+DRAW = """fig = plt.figure()
+fig.add_subplot().plot([1, 2, {n}])
+figures.save(fig, "{name}", [1, 2, {n}])
+plt.close(fig)"""
 EXERCISE = """**{n}** (easy, 5 minutes). {task}
 
 ```python
@@ -188,7 +229,6 @@ def {name}(x):
 @pytest.mark.parametrize("here", [True, False])
 def test_a_run_that_differs_from_what_was_committed_fails_the_gate(tmp_path, here):
     """nbval, the exercises and the figures over a notebook of which some is as it was, some not."""
-    draw = "fig = plt.figure()\nfig.add_subplot().plot([1, 2, {}])\nfigures.save(fig, \"{}\", [1, 2, {}])\nplt.close(fig)"
     claims = [new_code_cell(f'assert offset < 9\nprint("PASS ", {n} + offset)',
                             metadata={"tags": ["claims", "nbval-check-output"]}, execution_count=1,
                             outputs=[new_output("stream", name="stdout", text=f"PASS  {n}\n")])
@@ -196,7 +236,8 @@ def test_a_run_that_differs_from_what_was_committed_fails_the_gate(tmp_path, her
     tasks = ["## Exercises", EXERCISE.format(n=1, task="Double.", name="double", answer="2 * x"),
              EXERCISE.format(n=2, task="Add.", name="add", answer="x + 1"),
              EXERCISE.format(n=3, task="About a minute is training.", name="train", answer="x + 2")]
-    cells = [SAVE, "offset = 0", draw.format(3, "as_it_was", 3), draw.format(9, "changed", 9),
+    as_it_was = DRAW.format(name="as_it_was", n=3)
+    cells = [SAVE, "offset = 0", as_it_was, DRAW.format(name="changed", n=9),
              claims[0], "offset = 1", claims[1]]
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "figures").mkdir()
@@ -206,9 +247,8 @@ def test_a_run_that_differs_from_what_was_committed_fails_the_gate(tmp_path, her
              for cell in cells]
     nbformat.write(new_notebook(cells=[*cells, new_markdown_cell("\n\n".join(tasks))]),
                    tmp_path / "notebooks" / "x.ipynb")
-    committed = subprocess.run([sys.executable, "-c",
-                                "\n".join([SAVE, draw.format(3, "as_it_was", 3),
-                                           draw.format(3, "changed", 3)])],
+    before = "\n".join([SAVE, as_it_was, DRAW.format(name="changed", n=3)])
+    committed = subprocess.run([sys.executable, "-c", before],
                                env={**os.environ, "MYTHOS_FIGURES": str(tmp_path / "figures"),
                                     "MPLBACKEND": "agg"}, check=False)
     assert committed.returncode == 0

@@ -39,6 +39,10 @@ def model_of(arm, seed=0, **changes) -> OpenMythos:
                                                           **changes}).config).eval()
 
 
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def text(windows=3, seq=SEQ):
     return CORPUS.windows("test", seq, windows)
 
@@ -116,9 +120,9 @@ def test_a_strict_model_converges_and_one_that_reads_its_own_state_need_not():
     assert all((distance[i:, :, i] == 0).all() for i in range(SEQ))
     assert (settled_after <= reached).all() and settled_after.float().mean() > 3
     for i in (0, 2, SEQ - 1):  # not a loop too many is counted, and none too few
-        after = settled_after[0, i]
+        start, after = ids[:1, :i + 1], int(settled_after[0, i])
         with torch.no_grad():
-            alone = [strict(ids[:1, :i + 1], int(after) + more) for more in (-1, 0, 5) if after + more]
+            alone = [strict(start, after + more) for more in (-1, 0, 5) if after + more]
         assert torch.equal(alone[-2], alone[-1])
         assert len(alone) < 3 or not torch.equal(alone[0], alone[1])
 
@@ -172,7 +176,7 @@ def test_a_run_leaves_its_row_and_the_model_that_the_row_is_about(arm, folder, c
                "--windows", "4", "--set", "batch=2", "--set", "config.window=8",
                "--out", str(folder / "out")]
     main(command)
-    row = json.loads((folder / "out" / "row.json").read_text(encoding="utf-8"))
+    row = read_json(folder / "out" / "row.json")
     model = OpenMythos.from_pretrained(folder / "out" / "bfloat16")
     assert row["loops"] == [1, 2, 4, 8, 16] and model.config.window == 8
     ids, targets = CORPUS.windows("test", 16, 4)
@@ -186,11 +190,10 @@ def test_a_run_leaves_its_row_and_the_model_that_the_row_is_about(arm, folder, c
     if arm == "strict":
         assert row["one_loop"] == pytest.approx(row["all_loops"], abs=1e-4)
         assert row["distance"][-1] == 0 < row["distance"][0]
-    provenance = json.loads((folder / "out" / "bfloat16" / "config.json").read_text(encoding="utf-8"))["provenance"]
+    provenance = read_json(folder / "out" / "bfloat16" / "config.json")["provenance"]
     assert provenance["command"].startswith(f"python -m mythos_core.language --arm {arm} ")
-    before = (folder / "out" / "row.json").read_text(encoding="utf-8")
     main([*command, "--resume"])
-    assert json.loads((folder / "out" / "row.json").read_text(encoding="utf-8"))["bits"] == json.loads(before)["bits"]
+    assert read_json(folder / "out" / "row.json")["bits"] == row["bits"]
     assert "bits per byte by loops 1: " in capsys.readouterr().out
 
 
@@ -214,11 +217,9 @@ def test_a_model_of_the_default_size_ships_in_bfloat16_under_one_and_a_half_mega
 
 @pytest.mark.parametrize("arm", sorted(set(ARMS) - {"unlooped-deep"}))
 def test_of_each_small_arm_the_seed_that_was_best_on_the_validation_side_ships(arm):
-    rows = [row for row in json.loads((RESULTS / "language.json").read_text(encoding="utf-8"))
-            if row["arm"] == arm]
+    rows = [row for row in read_json(RESULTS / "language.json") if row["arm"] == arm]
     best = min(rows, key=lambda row: row["validation"][-1][1])
-    config = json.loads((PRETRAINED / f"text-{arm}" / "config.json").read_text(encoding="utf-8"))
-    source = config["provenance"]
+    source = read_json(PRETRAINED / f"text-{arm}" / "config.json")["provenance"]
     assert (source["seed"], source["commit"]) == (best["seed"], best["commit"])
     assert source["metrics"]["held_out"] == pytest.approx(best["validation"][-1][1], abs=1e-4)
     assert source["recipe"]["corpus"] == best["recipe"]["corpus"]

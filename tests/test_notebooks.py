@@ -67,7 +67,8 @@ def test_form(notebook):
                  "References"):
         assert part in text, part
     assert text.startswith(f"# {notebook.name[:2]}")
-    assert f"{REPOSITORY.replace('https://github.com', 'https://colab.research.google.com/github')}/blob/main/notebooks/{notebook.name}.ipynb" in text
+    colab = REPOSITORY.replace("https://github.com", "https://colab.research.google.com/github")
+    assert f"{colab}/blob/main/notebooks/{notebook.name}.ipynb" in text
     assert len(code(notebook, "parameters")) == 1
     (setup,) = code(notebook, "setup")
     assert f"git+{REPOSITORY}" in setup.source and not setup.outputs

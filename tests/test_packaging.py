@@ -18,8 +18,8 @@ else:
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-TEXTS = ["*", ".ci/*", ".github/**/*", "docs/*", "figures/*.py", "mythos_core/*", "mythos_core/*/*.py",
-         "notebooks/*", "notebooks/site/*", "tests/*.py"]
+TEXTS = ["*", ".ci/*", ".github/**/*", "docs/*", "figures/*.py", "mythos_core/*",
+         "mythos_core/*/*.py", "notebooks/*", "notebooks/site/*", "tests/*.py"]
 #: A word of a command: an option, something between quotes, or letters up to a string's end.
 WORD = r"""-\S+|"[^"`]+"|'[^'`]+'|[\w.\[\]=<>+:/@~$(){},-]+"""
 

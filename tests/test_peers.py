@@ -392,9 +392,9 @@ def peers_table():
              "|---|---|---|---|---|---|---|"]
     for asked, name in product(study.MEASURED["peers"], peers.PEERS):
         of = [row for row in rows if (row["variant"], row["peer"]) == (asked, name)]
+        whole = [[round(100 * row["whole"][n]) for row in of] for n in ("16", "64", "256")]
         proved = [row["rows"] for row in of if row.get("rows")]
-        cells = [f"`{asked.removeprefix('machine ')}`", name,
-                 *(span_of(round(100 * row["whole"][n]) for row in of) for n in ("16", "64", "256")),
+        cells = [f"`{asked.removeprefix('machine ')}`", name, *map(span_of, whole),
                  f"{len(proved)} of {len(of)}" if "rows" in of[0] else "has no table",
                  span_of(proved) if proved else "-"]
         lines.append(f"| {' | '.join(cells)} |")
@@ -406,8 +406,9 @@ def ladder_table():
     machine's states, seeds proved, steps; strings whole by length, of 64; elements of the shortest
     string that is answered wrong."""
     rows = study.load(study.RESULTS / "ladder.json")
-    lines = ["| task | states | proved | steps | whole of 64: 16 elements | 20 | 64 | first wrong |",
-             "|---|---|---|---|---|---|---|---|"]
+    head = ["task", "states", "proved", "steps", "whole of 64: 16 elements", "20", "64",
+            "first wrong"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for asked in study.MEASURED["ladder"]:
         of = [row for row in rows if row["variant"] == asked]
         assert all(row["closure"]["wrong"] for row in of)

@@ -66,8 +66,8 @@ def test_whole_strings_counts_strings_that_are_right_everywhere():
             self.ids = ids
             return super().forward(ids, *args, **kwargs)
 
-    assert (parity.whole_strings(Oracle(get_recipe("parity-carrying").config), 20, 5, strings=4) == 3
-            / 4)
+    oracle = Oracle(get_recipe("parity-carrying").config)
+    assert parity.whole_strings(oracle, 20, 5, strings=4) == 3 / 4
 
 
 @pytest.fixture(params=["proofs", "machines", "far", "reach", "ablations", "exits", "experts",

@@ -66,7 +66,8 @@ def test_everything_of_the_package_is_in_it_and_the_licence(wheel):
 
 
 def test_a_model_that_ships(use):
-    code = "from mythos_core import OpenMythos as M; print(M.from_pretrained('state-Z5').config.codes)"
+    code = ("from mythos_core import OpenMythos; "
+            "print(OpenMythos.from_pretrained('state-Z5').config.codes)")
     assert use("-c", code).strip() == "5"
 
 

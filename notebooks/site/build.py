@@ -41,7 +41,8 @@ class Renderer(IPythonRenderer):
         return self.tex.convert_with_local_state(body, displaystyle=False)
 
     def block_math(self, body):
-        return f'<span class="formula">{self.tex.convert_with_local_state(body, displaystyle=True)}</span>'
+        formula = self.tex.convert_with_local_state(body, displaystyle=True)
+        return f'<span class="formula">{formula}</span>'
 
     def image(self, text, url, title=None):
         return text if "://" in url else super().image(text, re.sub(r"^\.\./", "", url), title)
@@ -113,10 +114,12 @@ def describe(name, notebook):
 def main(out):
     notebooks = {PAGES[path.name]: read(path) for path in SOURCES}
     pages = [describe(name, notebook) for name, notebook in notebooks.items()]
-    exporter = HTMLExporter(template_name="template", extra_template_basedirs=[str(HERE)], filters={"markdown2html": markdown2html},
-                            preprocessors=[CoalesceStreamsPreprocessor], exclude_input_prompt=True, exclude_output_prompt=True,
-                            # a widget needs a kernel
-                            config=Config(NbConvertBase={"display_data_priority": ["text/html", "image/png", "text/plain"]}))
+    kinds = ["text/html", "image/png", "text/plain"]  # no widget: it needs a kernel
+    exporter = HTMLExporter(template_name="template", extra_template_basedirs=[str(HERE)],
+                            filters={"markdown2html": markdown2html},
+                            preprocessors=[CoalesceStreamsPreprocessor],
+                            exclude_input_prompt=True, exclude_output_prompt=True,
+                            config=Config(NbConvertBase={"display_data_priority": kinds}))
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(ROOT / "figures", out / "figures",
                     ignore=shutil.ignore_patterns("*.json", "*.py", "__pycache__"))

@@ -57,7 +57,8 @@ TIMED = {"training step": (training_step, None, 1.4),
             (partial(strict_decode, attn_type=attn), 1, bar)
             for attn, bar in (("gqa", 30.0), ("mla", 35.0))},
          **{f"strict, 1 loop against its own {loops}: a token, GQA, 1,536 of context":
-            (partial(strict_token, n_loops=loops), 1, bar) for loops, bar in ((16, 5.5), (64, 20.0))}}
+            (partial(strict_token, n_loops=loops), 1, bar)
+            for loops, bar in ((16, 5.5), (64, 20.0))}}
 COMPILED = "training step, torch.compile"
 EXPERTS = "MoE, 4 of 64 experts, against ours with 4 of 4"
 CACHE = "cache of 512 tokens, MLA"

@@ -15,10 +15,10 @@ import pytest
 
 expect = pytest.importorskip("playwright.sync_api").expect
 ROOT = Path(__file__).parents[2]
-# cells off the screen are in the page too
-SETTINGS = {"@jupyterlab/notebook-extension/tracker.jupyterlab-settings": {"windowingMode": "none"},
-            # asks no other machine
-            "@jupyterlab/apputils-extension/notification.jupyterlab-settings": {"fetchNews": "false"}}
+SETTINGS = {  # cells off the screen are in the page too, and no other machine is asked for news
+    "notebook-extension/tracker": {"windowingMode": "none"},
+    "apputils-extension/notification": {"fetchNews": "false"},
+}
 
 
 def claims(notebook):
@@ -33,8 +33,9 @@ def lab(tmp_path_factory):
     loopback, and gives its address there."""
     folder = tmp_path_factory.mktemp("lab")
     for name, settings in SETTINGS.items():
-        (folder / "settings" / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / "settings" / name).write_text(json.dumps(settings), encoding="utf-8")
+        file = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(settings), encoding="utf-8")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

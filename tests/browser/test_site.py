@@ -20,16 +20,22 @@ PAGES = ["index", *NOTEBOOKS, *DOCS]
 # What a reader sees of a page, read off in one go. Text in <code> and <pre> is meant as it stands;
 # a box that scrolls may hold more than it shows.
 LOOK = """() => {
-    const box = e => { const r = e.getBoundingClientRect(); return {width: r.width, height: r.height}; };
+    const box = e => {
+        const {width, height} = e.getBoundingClientRect();
+        return {width, height};
+    };
+    const picture = e => (
+        {src: e.getAttribute("src"), alt: e.alt, natural: e.naturalWidth, ...box(e)});
     const prose = document.querySelector("main").cloneNode(true);
     prose.querySelectorAll("pre, code, math").forEach(e => e.remove());
     return {
         width: document.documentElement.scrollWidth,
         prose: prose.textContent,
         maths: [...document.querySelectorAll("math")].map(box),
-        pictures: [...document.images].map(e => ({src: e.getAttribute("src"), alt: e.alt, natural: e.naturalWidth, ...box(e)})),
+        pictures: [...document.images].map(picture),
         links: [...document.links].map(e => e.href),
-        way: Object.fromEntries([...document.querySelectorAll("nav a")].map(e => [e.rel, e.getAttribute("href")])),
+        way: Object.fromEntries(
+            [...document.querySelectorAll("nav a")].map(e => [e.rel, e.getAttribute("href")])),
         description: document.querySelector("meta[name=description]").content,
     };
 }"""
