@@ -369,15 +369,6 @@ def by_loops_table():
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize(("name", "trained"), [
-    ("peers", lambda peer, recipe: budgeted(recipe)),
-    ("reference", lambda peer, recipe: reference.TRAINED[peer](recipe.machine))])
-def test_a_row_has_the_recipe_that_was_trained(name, trained):
-    for row in study.load(study.RESULTS / f"{name}.json"):
-        recipe = trained(row["peer"], study.variant(row["variant"]))
-        assert row["recipe"] == json.loads(json.dumps(recipe.as_dict()))
-
-
 def span_of(values):
     """The least and the most, or the one that they all are."""
     values = list(values)

@@ -17,8 +17,10 @@ from mythos_core.config import MythosConfig
 from mythos_core.groups import group
 from mythos_core.model import PRETRAINED
 from mythos_core.parity import answers, make_batch
+from mythos_core.peers import PEERS, budgeted
 from mythos_core.probes import depth_sweep
 from mythos_core.recipes import Recipe, get_recipe
+from mythos_core.reference import TRAINED
 from mythos_core.study import exits, measures, parity, states
 
 
@@ -94,10 +96,18 @@ def as_kept(recipe, kept):
     return {k: v for k, v in kept.items() if k not in GONE}, shorter
 
 
+def trained(row):
+    """The recipe of a row: its variant's, or what a peer makes of that."""
+    recipe, peer = study.variant(row["variant"]), row.get("peer")
+    if peer in PEERS:
+        return budgeted(recipe)
+    return TRAINED[peer](recipe.machine) if peer in TRAINED else recipe
+
+
 def test_committed_rows_are_of_the_recipes_there_are(committed):
     assert committed
     for row in committed:
-        kept, now = as_kept(study.variant(row["variant"]), row["recipe"])
+        kept, now = as_kept(trained(row), row["recipe"])
         assert kept == now, row["variant"]
         if "mythos_core.study" in row["command"]:  # rows of before mythos_core.batch ran the study
             assert f"--variant '{row['variant']}' --seeds {row['seed']}" in row["command"]
