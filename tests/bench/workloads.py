@@ -71,24 +71,11 @@ def mixture(device, experts, chosen) -> Pair:
 
 
 def decode(device, attn_type, context) -> Pair:
-    """One token behind `context` others: batch 8, 8 loops. The context does not grow from call to
-    call: the reference extends a shallow copy of its dictionary, whose tensors it replaces; ours
-    goes back by the position it wrote."""
+    """One token behind `context` others: batch 8, 8 loops."""
     theirs, ours = models(tutorial_config(attn_type, max_seq_len=4096), device)
-    ids = torch.randint(0, 256, (8, context + 1), device=device)
-    their_cache, cache = {}, KVCache(context + 1)
-    with torch.no_grad():
-        theirs(ids[:, :-1], 8, their_cache, 0)
-        ours(ids[:, :-1], 8, cache)
-
-    @torch.no_grad()
-    def their_token():
-        return theirs(ids[:, -1:], 8, dict(their_cache), context)
-
-    def our_token():
-        cache.length = context
-        return ours(ids[:, -1:], 8, cache)
-    return finished(their_token, our_token, cache.nbytes + weights(ours), device)
+    ids, cache = filled(ours, context, device)
+    return finished(their_token(theirs, ids, 8), our_token(ours, ids, 8, cache),
+                    cache.nbytes + weights(ours), device)
 
 
 def strict_token(device, n_loops, context=1536) -> Pair:
@@ -99,14 +86,10 @@ def strict_token(device, n_loops, context=1536) -> Pair:
 
     @torch.inference_mode()                                      # as `forward` is behind a cache
     def looped():
-        cache.length = context                                   # go back by the position written
+        cache.length = context
         ctx = model.context(ids[:, -1:], cache)                  # `forward` would stop after one
         return model.decode(model.recurrent(model.encode(ids[:, -1:], ctx), n_loops, ctx), ctx)
-
-    def one_loop():
-        cache.length = context
-        return model(ids[:, -1:], 1, cache)
-    return finished(looped, one_loop, cache.nbytes + weights(model), device)
+    return finished(looped, our_token(model, ids, 1, cache), cache.nbytes + weights(model), device)
 
 
 def strict_decode(device, attn_type, context=1536) -> Pair:
@@ -115,18 +98,8 @@ def strict_decode(device, attn_type, context=1536) -> Pair:
     theirs, _ = models(tutorial_config(attn_type, max_seq_len=4096), device)
     model = strict_model(attn_type, device)
     ids, cache = filled(model, context, device)
-    their_cache: dict = {}
-    with torch.no_grad():
-        theirs(ids[:, :-1], 16, their_cache, 0)
-
-    @torch.no_grad()
-    def their_token():
-        return theirs(ids[:, -1:], 16, dict(their_cache), context)
-
-    def our_token():
-        cache.length = context
-        return model(ids[:, -1:], 1, cache)
-    pair = finished(their_token, our_token, cache.nbytes + weights(model), device)
+    pair = finished(their_token(theirs, ids, 16), our_token(model, ids, 1, cache),
+                    cache.nbytes + weights(model), device)
     return replace(pair, alike=False)
 
 
@@ -149,11 +122,30 @@ def strict_model(attn_type, device) -> OpenMythos:
     return OpenMythos(config).to(device).eval()
 
 
+@torch.no_grad()
 def filled(model, context, device):
     """8 strings of one token more than `context`, and the model's cache behind that many."""
     ids, cache = torch.randint(0, 256, (8, context + 1), device=device), KVCache(context + 1)
     model(ids[:, :-1], 8, cache)
     return ids, cache
+
+
+def our_token(model, ids, n_loops, cache):
+    """The last token behind the others. The context does not grow from call to call: the cache goes
+    back by the position that was written."""
+    def token():
+        cache.length = ids.shape[1] - 1
+        return model(ids[:, -1:], n_loops, cache)
+    return token
+
+
+def their_token(model, ids, n_loops):
+    """As `our_token`, of the reference: it extends a shallow copy of its dictionary, whose tensors
+    it replaces."""
+    context, cache = ids.shape[1] - 1, {}
+    with torch.no_grad():
+        model(ids[:, :-1], n_loops, cache, 0)
+    return torch.no_grad()(lambda: model(ids[:, -1:], n_loops, dict(cache), context))
 
 
 def strict_cache(n_loops=16, context=512) -> tuple[int, int]:
