@@ -148,7 +148,7 @@ def test_a_training_pass_compiles_to_one_graph_but_for_the_check_of_its_tokens()
 def test_time_of_a_string_from_left_to_right(benchmark, rows):
     with machine.threads(1):
         pair = strict_string("cpu")
-        check(pair)
+        assert torch.equal(pair.ours(), pair.theirs())           # once: a pass takes a minute
         times = compare(benchmark, pair, FEW, 0)
     row = rows[STRING, "cpu"] = Row.of(STRING, "cpu", 1, "ms", *times, 50.0)
     assert row.reached, row
