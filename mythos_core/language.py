@@ -10,12 +10,14 @@ import copy
 import json
 import platform
 import shlex
+import string
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -39,6 +41,11 @@ CONTEXT = 128   # bytes of a window
 LOOPS = 8       # that a looped model is trained with, or at most
 NEAR = 0.01     # relative distance from its end at which a state counts as near it
 AT_ONCE = 64    # windows of a pass, when models are measured
+
+#: Kinds of bytes, and which they are; tabs, control characters and non-ASCII bytes are of none.
+KINDS = {"lower case": string.ascii_lowercase, "upper case": string.ascii_uppercase,
+         "digits": string.digits, "space": " ", "newline": "\n",
+         "punctuation": string.punctuation}
 
 #: What each arm changes: in the recipe, and by "config." in the model. But for the last one all
 #: have the same parameters, within 1 %.
@@ -144,6 +151,30 @@ def loops_until(holds: Bool[Tensor, "loops windows seq"]) -> Int[Tensor, "window
     return len(holds) + 1 - holds.long().flip(0).cumprod(0).sum(0)
 
 
+def kinds_of(ids: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+    """The number of each byte's kind in `KINDS`, -1 for a byte of none."""
+    kind = torch.full((256,), -1, device=ids.device)
+    for number, characters in enumerate(KINDS.values()):
+        kind[list(characters.encode())] = number
+    return kind[ids]
+
+
+@torch.no_grad()
+def experts_by_kind(model: OpenMythos, ids: Int[Tensor, "windows seq"], n_loops: int
+                    ) -> Float[Tensor, "kinds experts"]:
+    """Which share of the slots of a kind's bytes each expert has, over all loops that ran; NaN for
+    a kind that `ids` lack. With two slots a byte no share is above 1/2."""
+    kinds, slots = kinds_of(ids), torch.zeros(len(KINDS), model.config.n_experts)
+
+    def count(record):
+        chosen = F.one_hot(record.expert_ids, model.config.n_experts).sum(-2)
+        for number in range(len(KINDS)):
+            slots[number] += chosen[kinds == number].sum(0).cpu()
+
+    model.eval()(ids, n_loops, observer=count)
+    return slots / slots.sum(1, keepdim=True)
+
+
 def measures(run: Run, model: OpenMythos, most: int | None = None) -> dict:
     """What is measured of a trained model on the test split, or on at most so many windows of it.
 
@@ -157,8 +188,8 @@ def measures(run: Run, model: OpenMythos, most: int | None = None) -> dict:
       windows by position; `near_after`: the same of the loops from which on it is within `NEAR`;
     - `stopped_after` of one with ACT: loops until a position halts, of at most `LOOPS`, its mean by
       position;
-    - `expert_entropy`: of the loads, 1 = even; `text`: a quarter of a window, and how the
-      model goes on.
+    - `expert_entropy`: of the loads, 1 = even; `experts_by_kind`, on the same windows;
+    - `text`: a quarter of a window, and how the model goes on.
     """
     corpus, device = run.recipe.corpus, model.embed.weight.device
     ids, targets = corpus.windows("test", CONTEXT, most, device)
@@ -171,6 +202,8 @@ def measures(run: Run, model: OpenMythos, most: int | None = None) -> dict:
         "best_loops": loops[best], "best": by_loops[best], "beyond": by_loops[-1] - by_loops[best],
         "unrounded": bits_by_loops(run.model, ids, targets, [trained]).mean().item(),
         "expert_entropy": load_entropy(expert_load(model, few[0], trained)),
+        "experts_by_kind": {kind: share.tolist() for kind, share in zip(
+            KINDS, experts_by_kind(model, few[0], trained)) if share.isfinite().all()},
         "text": continuation(model, few[0][:1, :CONTEXT // 4], trained, CONTEXT - CONTEXT // 4)}
     if model.config.strict:
         row |= _strict_measures(model, *few)

@@ -12,10 +12,13 @@ from mythos_core import OpenMythos, language
 from mythos_core.corpus import Corpus, split_files
 from mythos_core.language import (
     ARMS,
+    KINDS,
     LOOPS,
     bits_by_loops,
     bits_one_loop,
     continuation,
+    experts_by_kind,
+    kinds_of,
     language_config,
     language_recipe,
     loops_until,
@@ -206,6 +209,29 @@ def test_what_no_run_can_begin_with_is_named(option, said, folder, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["--corpus", str(folder / "texts"), "--out", str(folder / "out"), *option])
     assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_a_byte_is_of_one_kind_or_of_none():
+    assert [list(KINDS)[kind] if kind >= 0 else None for kind in kinds_of(
+        torch.tensor(list(b"aZ7 \n_\t\xe9\0")))] == [*KINDS, None, None, None]
+    both = "".join(KINDS.values())
+    assert len(set(both)) == len(both)
+
+
+def test_slots_by_kind_are_those_of_a_plain_loop_and_of_a_router_told_what_to_choose():
+    model, ids = model_of("random-loops"), torch.tensor([list(b"ab 1"), list(b"c. d")])
+    seen, counted = [], torch.zeros(len(KINDS), 4)
+    with torch.no_grad():
+        model(ids, 3, observer=lambda record: seen.append(record.expert_ids))
+    for chosen in seen:
+        for window, position in ((w, i) for w in range(2) for i in range(4)):
+            for expert in chosen[window, position]:
+                counted[kinds_of(ids)[window, position], expert] += 1
+    share = experts_by_kind(model, ids, 3)
+    torch.testing.assert_close(share, counted / counted.sum(1, keepdim=True), equal_nan=True)
+    assert share.isnan().all(1).tolist() == [False, True, False, False, True, False]
+    model.recurrent.block.ffn.router_bias += torch.tensor([9.0, 0.0, 9.0, 0.0])
+    assert experts_by_kind(model, ids, 3)[0].tolist() == [0.5, 0, 0.5, 0]
 
 
 def test_a_model_of_the_default_size_ships_in_bfloat16_under_one_and_a_half_megabytes():
