@@ -226,8 +226,9 @@ class RecurrentBlock(nn.Module):
         out = self.block(z, ctx, "loop")[0][:, -e.shape[1]:]
         return self.injection.rest(e, out) if self.config.carry else self.loop_norm(out)
 
-    def settle(self, e: Float[Tensor, "batch seq dim"],
-               hand_on: Callable | None = None) -> Float[Tensor, "batch seq dim"]:
+    def settle(self, e: Float[Tensor, "batch seq dim"], hand_on: Callable | None = None,
+               noise: Float[Tensor, "batch seq dim"] | None = None
+               ) -> Float[Tensor, "batch seq dim"]:
         """The settled states of a strict loop, left to right, `stride` positions at a time: each
         is evaluated once, behind states that are final. The same as at least S / stride loops, and
         so is the gradient, for one loop's work.
@@ -235,16 +236,18 @@ class RecurrentBlock(nn.Module):
         Args:
             hand_on: (states (B, up to stride, dim), the first one's position) -> what
                 the positions behind read in their place, in training.
+            noise: added to the block's inputs; None: in training noise is drawn here.
         """
         stride, window, states = self.config.stride, self.config.window or e.shape[1], []
         before, z = self.before_start(e), e[:, :0]
         for own in e.split(stride, 1):                           # (B, up to stride, dim)
-            z = torch.cat([z, self._noisy(self.norm(before[:, :own.shape[1]] + own))], 1)
-            z = z[:, -(window - 1 + own.shape[1]):]
+            new, at = self.norm(before[:, :own.shape[1]] + own), stride * len(states)
+            new = self._noisy(new) if noise is None else new + noise[:, at:at + own.shape[1]]
+            z = torch.cat([z, new], 1)[:, -(window - 1 + own.shape[1]):]
             states.append(self.rounded(self.last(z, own)))
             before = states[-1]
             if hand_on is not None:
-                before = hand_on(before, stride * (len(states) - 1))
+                before = hand_on(before, at)
         return torch.cat(states, 1)
 
     def before_start(self, like: Float[Tensor, "batch seq dim"]

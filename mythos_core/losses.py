@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mythos_core.automaton import Machine
@@ -32,33 +32,45 @@ def move_weights(machine: Machine, ids: Int[Tensor, "batch seq"]) -> Float[Tenso
     return 1.0 / move.flatten().bincount()[move]
 
 
-def means_by(h: Float[Tensor, "n dim"], label: Int[Tensor, "n"]) -> Float[Tensor, "n dim"]:
-    """In each row the mean of the rows with its label."""
-    _, group = label.unique(return_inverse=True)
-    sums = h.new_zeros(int(group.max()) + 1, h.shape[1]).index_add(0, group, h)
-    return (sums / group.bincount().unsqueeze(1))[group]
+def numbered(label: Int[Tensor, "*shape"]) -> tuple[Int[Tensor, "*shape"], int]:
+    """The labels that there are numbered from 0 on, and how many they are."""
+    values, number = label.unique(return_inverse=True)
+    return number, len(values)
 
 
-def handing_on(share: float, label: Int[Tensor, "batch seq"]) -> Callable:
+def means_by(h: Float[Tensor, "n dim"], label: Int[Tensor, "n"],
+             labels: int) -> Float[Tensor, "n dim"]:
+    """In each row the mean of the rows with its label, of 0 .. `labels` - 1."""
+    sums = h.new_zeros(labels, h.shape[1]).index_add(0, label, h)
+    count = h.new_zeros(labels).index_add(0, label, torch.ones_like(h[:, 0]))
+    return (sums / count.clamp(min=1).unsqueeze(1))[label]
+
+
+def handing_on(common: Bool[Tensor, "batch seq"], label: Int[Tensor, "batch seq"],
+               labels: int) -> Callable:
     """What positions read in place of the states before them, as `RecurrentBlock.settle` asks for
-    it: for this share of the states, drawn anew each time, the mean of those with their label. So
-    it will be once states are rounded."""
+    it: where `common`, the mean of a position's states with their label. So it will be once states
+    are rounded."""
     def hand_on(h: Tensor, position: int) -> Tensor:                 # (batch, some, dim)
-        common = torch.rand(len(h), 1, 1, device=h.device) < share
-        own = label[:, position:position + h.shape[1]]
-        return torch.where(common, means_by(h.flatten(0, 1), own.flatten()).view_as(h), h)
+        here = slice(position, position + h.shape[1])
+        means = means_by(h.flatten(0, 1), label[:, here].flatten(), labels).view_as(h)
+        return torch.where(common[:, here].unsqueeze(-1), means, h)
 
     return hand_on
 
 
-def center_loss(h: Float[Tensor, "batch seq dim"],
-                states: Int[Tensor, "batch seq"]) -> Float[Tensor, ""]:
-    """Mean squared distance of h from the batch's mean of its machine state, in units of the mean
-    square of h (after the center loss of Wen et al. 2016): states that mean the same come to be the
-    same, which a code can then be."""
+def center_loss(h: Float[Tensor, "batch seq dim"], label: Int[Tensor, "batch seq"], labels: int,
+                read: Float[Tensor, "batch seq"] | None = None) -> Float[Tensor, ""]:
+    """Mean squared distance of h from the batch's mean of its label, the machine's state, in units
+    of the mean square of h (after the center loss of Wen et al. 2016): states that mean the same
+    come to be the same, which a code can then be. With `read`, 1 or 0, of the positions where it is
+    1; the others need a label of their own."""
     h = h.flatten(0, 1)
-    return ((h - means_by(h, states.flatten())).square().sum(-1).mean()
-            / h.detach().square().sum(-1).mean())
+    spread = (h - means_by(h, label.flatten(), labels)).square().sum(-1)
+    size = h.detach().square().sum(-1)
+    if read is not None:
+        spread, size = spread * read.flatten(), size * read.flatten()
+    return spread.mean() / size.mean()
 
 
 def ponder(weight: Float[Tensor, "loops batch seq"]) -> Float[Tensor, ""]:

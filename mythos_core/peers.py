@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mythos_core.automaton import Machine
-from mythos_core.losses import handing_on, mean_loss, move_weights
+from mythos_core.losses import handing_on, mean_loss, move_weights, numbered
 from mythos_core.model import OpenMythos
 from mythos_core.recipes import Recipe
 from mythos_core.training.schedule import CERTIFY_EVERY, draw, learning_rate
@@ -171,7 +171,8 @@ def _step(model, recipe: Recipe, length: int, n_loops: int | None,
     as means, if the recipe says so, as `training.train` does with those of a strict loop."""
     ids, targets = recipe.make_batch(recipe.batch, length, strings=recipe.strings, device=device)
     if recipe.handed_on and isinstance(model, Recurrent):
-        hand_on = handing_on(recipe.handed_on, recipe.machine.outcomes(ids))
+        drawn = torch.rand(length, len(ids), device=device).T
+        hand_on = handing_on(drawn < recipe.handed_on, *numbered(recipe.machine.outcomes(ids)))
         logits = model.answer(model.states(ids, hand_on))
     else:
         logits = model(ids, n_loops)

@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from mythos_core import OpenMythos, training
 from mythos_core.certificate import certify
 from mythos_core.config import parity_config
-from mythos_core.losses import center_loss, mean_loss, means_by, move_weights, ponder
+from mythos_core.losses import (
+    center_loss,
+    mean_loss,
+    means_by,
+    move_weights,
+    numbered,
+    ponder,
+)
 from mythos_core.machines import Machine, machine
 from mythos_core.model import PRETRAINED, shipped
 from mythos_core.parity import make_batch
@@ -34,12 +41,12 @@ def often(monkeypatch):
 @pytest.fixture
 def at_step(monkeypatch):
     """Have something happen in the place of a step's learning rate."""
-    original = training.learning_rate
+    original = training.step.learning_rate
 
     def plan(step, act):
         def rate(recipe, s, span):
             return (act() if s == step else None) or original(recipe, s, span)
-        monkeypatch.setattr(training, "learning_rate", rate)
+        monkeypatch.setattr(training.step, "learning_rate", rate)
     return plan
 
 
@@ -328,10 +335,16 @@ def test_the_rate_falls_from_a_proof_for_as_many_steps_and_again_if_the_proof_is
 def test_the_center_loss_is_the_spread_of_states_that_mean_the_same():
     h, states = (torch.randn(3, 4, 5, dtype=torch.float64),
                  torch.tensor([[0, 1, 0, 7], [1, 1, 7, 0], [0, 0, 1, 7]]))
+    label, labels = numbered(states)
+    assert (labels, label.unique().tolist()) == (3, [0, 1, 2])
     spread = sum((h[states == s] - h[states == s].mean(0)).square().sum() for s in (0, 1, 7))
-    assert center_loss(h, states).item() == pytest.approx((spread / h.square().sum()).item())
-    assert (center_loss(means_by(h.flatten(0, 1), states.flatten()).view_as(h), states).item()
-            == pytest.approx(0, abs=1e-12))
+    assert center_loss(h, label, labels).item() == pytest.approx((spread / h.square().sum()).item())
+    means = means_by(h.flatten(0, 1), label.flatten(), labels).view_as(h)
+    assert center_loss(means, label, labels).item() == pytest.approx(0, abs=1e-12)
+    longer, padded = F.pad(h, (0, 0, 0, 2)), F.pad(label, (0, 2), value=labels)
+    read = F.pad(torch.ones_like(h[..., 0]), (0, 2))             # what is padded is not asked
+    assert (center_loss(longer + 9 * (1 - read[..., None]), padded, labels + 1, read).item()
+            == pytest.approx(center_loss(h, label, labels).item()))
 
 
 def test_a_regular_expression_becomes_a_proved_model_at_the_command_line(tmp_path, capsys):

@@ -6,7 +6,6 @@ import pickle
 import shlex
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -14,48 +13,17 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from mythos_core.automaton import NOT_ASKED
-from mythos_core.certificate import Certificate, certify
+from mythos_core.certificate import certify
 from mythos_core.checkpoint import load, save, whole_steps
-from mythos_core.losses import bits, center_loss, handing_on, mean_loss, move_weights, ponder
 from mythos_core.model import OpenMythos
 from mythos_core.provenance import commit
 from mythos_core.recipes import RECIPES, Recipe, get_recipe
-from mythos_core.training.schedule import CERTIFY_EVERY, draw, fall, learning_rate
+from mythos_core.training.run import NotProved, Run, finished
+from mythos_core.training.schedule import CERTIFY_EVERY, fall
+from mythos_core.training.step import held_out, take_step
 
 SAVE_EVERY = 100    # steps between checkpoints
 EVAL_EVERY = 50     # steps between looks at held-out strings
-
-
-class NotProved(RuntimeError):
-    """A recipe's steps are over, and the model is not proved; says what stands against it. `run` is
-    the training: its model as it was left, and the certificate that does not hold."""
-
-    def __init__(self, words: str, run: "Run | None" = None):
-        super().__init__(words)
-        self.run = run
-
-    def __reduce__(self):                # to another process the words alone: it may be a large run
-        return NotProved, self.args
-
-
-@dataclass
-class Run:
-    """A training run: the model, and one row a step: step, loss, accuracy (token, on scored
-    positions of the batch), seconds since the start, and at every 50th step and the last
-    `router_bias` and `held_out`: whole-string accuracy on 256 fresh uniform strings of the longest
-    length at the most loops, or of a recipe with a corpus bits per byte on 64 of its validation
-    windows; at attempts at a proof `proved`.
-
-    Of a recipe with a machine, `certificate` is the proof, and `model` the one that it is about,
-    its states rounded to codes.
-    """
-
-    recipe: Recipe
-    seed: int
-    model: OpenMythos
-    history: list[dict] = field(default_factory=list)
-    certificate: Certificate | None = None
 
 
 def train(recipe: Recipe | str, seed: int = 0, device=None, progress: bool = True, out=None,
@@ -83,29 +51,43 @@ def train(recipe: Recipe | str, seed: int = 0, device=None, progress: bool = Tru
     recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
     check(recipe, seed, device)
     checkpoint = Path(out) / "checkpoint.pt" if out else None
-    if out:
-        Path(out).mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        run = Run(recipe, seed, OpenMythos(recipe.config).to(device))
-        optimizer = torch.optim.AdamW(run.model.parameters(), recipe.lr, recipe.betas,
-                                      weight_decay=recipe.weight_decay, fused=True)
-        if resume and checkpoint and checkpoint.exists():
-            load(checkpoint, run, optimizer)
+        run, optimizer = begin(recipe, seed, device, checkpoint, resume)
         with whole_steps(checkpoint) as stopped:
             _loop(run, optimizer, checkpoint, progress, stopped)
-    if out:
-        save(checkpoint, run, optimizer)
-    if recipe.machine is not None:
-        _conclude(run)
-    if out:
-        run.model.save_pretrained(out, config={**vars(run.model.config),
-                                               "provenance": provenance(run)})
-        Path(out, "history.json").write_text(json.dumps(run.history), encoding="utf-8")
-        if run.certificate:
-            Path(out, "certificate.json").write_text(
-                json.dumps(run.certificate.summary(), indent=1) + "\n", encoding="utf-8")
+    end(run, optimizer, checkpoint)
     return run
+
+
+def begin(recipe: Recipe, seed: int, device, checkpoint: Path | None, resume: bool):
+    """A run before its first step, or where its checkpoint is, and its optimiser."""
+    if checkpoint:
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    run = Run(recipe, seed, OpenMythos(recipe.config).to(device))
+    optimizer = torch.optim.AdamW(run.model.parameters(), recipe.lr, recipe.betas,
+                                  weight_decay=recipe.weight_decay, fused=True)
+    if resume and checkpoint and checkpoint.exists():
+        load(checkpoint, run, optimizer)
+    return run, optimizer
+
+
+def end(run: Run, optimizer, checkpoint: Path | None):
+    """Conclude a run, and write what it leaves beside its checkpoint."""
+    run.model.eval()
+    if checkpoint:
+        save(checkpoint, run, optimizer)
+    if run.recipe.machine is not None:
+        _conclude(run)
+    if not checkpoint:
+        return
+    out = checkpoint.parent
+    run.model.save_pretrained(out, config={**vars(run.model.config),
+                                           "provenance": provenance(run)})
+    Path(out, "history.json").write_text(json.dumps(run.history), encoding="utf-8")
+    if run.certificate:
+        Path(out, "certificate.json").write_text(
+            json.dumps(run.certificate.summary(), indent=1) + "\n", encoding="utf-8")
 
 
 def check(recipe: Recipe, seed: int, device):
@@ -172,32 +154,29 @@ def _loop(run: Run, optimizer, checkpoint, progress, stopped):
               disable=not progress) as bar:
         while not finished(run):
             step = len(run.history)
-            torch.manual_seed((run.seed * 1_000_003 + step + 1) % 2 ** 32)
             row = {"step": step, **take_step(run, optimizer, step)}
-            run.history.append(row)
-            shown["proof"] = _attempt(run, row) or shown.get("proof", "")
-            row["seconds"] = time.perf_counter() - start
-            if (step + 1) % EVAL_EVERY == 0 or finished(run):
-                row |= {"held_out": held_out(run.model, recipe),
-                        "router_bias": run.model.recurrent.block.ffn.router_bias.tolist()}
-                shown["whole" if recipe.corpus is None else "bits"] = f"{row['held_out']:.2f}"
-            said = {name: text for name, text in shown.items() if text}
-            bar.set_postfix(loss=f"{row['loss']:.4f}", acc=f"{row['accuracy']:.2f}", **said,
+            shown |= note(run, row, start)
+            bar.set_postfix(loss=f"{row['loss']:.4f}", acc=f"{row['accuracy']:.2f}", **shown,
                             refresh=False)
             bar.update()
             if checkpoint and (stopped or (step + 1) % SAVE_EVERY == 0):
                 save(checkpoint, run, optimizer)
             if stopped:
                 raise KeyboardInterrupt
-    run.model.eval()
 
 
-def finished(run: Run) -> bool:
-    """Whether the run's steps are over, or its proof holds at the end of a fall."""
-    if len(run.history) >= run.recipe.steps:
-        return True
-    span = fall(run.history)
-    return span is not None and len(run.history) == span[1] and run.history[-1].get("proved", False)
+def note(run: Run, row: dict, start: float) -> dict[str, str]:
+    """Append a step's row to the history, with a proof and a look at held-out strings where they
+    are due; what a progress bar shows of those. `start`: time.perf_counter() at the first step."""
+    run.history.append(row)
+    proof = _attempt(run, row)
+    shown = {"proof": proof} if proof else {}
+    row["seconds"] = time.perf_counter() - start
+    if len(run.history) % EVAL_EVERY == 0 or finished(run):
+        row |= {"held_out": held_out(run.model, run.recipe),
+                "router_bias": run.model.recurrent.block.ffn.router_bias.tolist()}
+        shown["whole" if run.recipe.corpus is None else "bits"] = f"{row['held_out']:.2f}"
+    return shown
 
 
 def _attempt(run: Run, row: dict) -> str:
@@ -211,65 +190,3 @@ def _attempt(run: Run, row: dict) -> str:
     certificate = certify(run.model, run.recipe.machine)
     row["proved"] = certificate.proved
     return f"{certificate.contexts} contexts, {certificate.wrong} wrong"
-
-
-def take_step(run: Run, optimizer, step) -> dict:
-    """One optimiser step; its loss and token accuracy."""
-    model, recipe = run.model, run.recipe
-    model.train()
-    for parameters in optimizer.param_groups:
-        parameters["lr"] = learning_rate(recipe, step, fall(run.history))
-    length, n_loops = draw(recipe, step)
-    ids, targets = recipe.make_batch(recipe.batch, length, strings=recipe.strings,
-                                     device=model.embed.weight.device)
-    scored = length
-    if recipe.reach:
-        scored = min(length, int(recipe.reach * sum(recipe.config.shift_growth ** t
-                                                    for t in range(n_loops))))
-    logits, also = _settled(run, ids) if n_loops is None else _looped(run, ids, n_loops)
-    logits, targets = logits[:, :scored].flatten(0, 1), targets[:, :scored].flatten()
-    weight = move_weights(recipe.machine, ids)[:, :scored].flatten() if recipe.balanced else None
-    loss = (mean_loss(logits, targets, weight) + also
-            + recipe.config.balance_loss * model.recurrent.block.ffn.imbalance)
-    if not torch.isfinite(loss):
-        raise FloatingPointError(f"loss = {loss.item()} at step {step} of recipe {recipe.name}")
-    optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-    optimizer.step()
-    model.recurrent.block.ffn.balance()
-    return {"loss": loss.item(), "accuracy": (logits.argmax(-1) == targets).float().mean().item()}
-
-
-def _looped(run: Run, ids, n_loops):
-    """Logits after so many loops, and what is added to their loss."""
-    records = []
-    logits = run.model(ids, n_loops, observer=records.append)
-    if not run.recipe.ponder_cost:
-        return logits, 0.0
-    return logits, run.recipe.ponder_cost * ponder(
-        torch.stack([record.halt_weight for record in records]))
-
-
-def _settled(run: Run, ids):
-    """Logits of the settled states, and what is added to their loss."""
-    model, recipe, span = run.model, run.recipe, fall(run.history)
-    ctx, states = model.context(ids), recipe.machine.outcomes(ids)
-    h = model.recurrent.settle(model.encode(ids, ctx), handing_on(recipe.handed_on, states))
-    falling = span is not None and span[0] <= len(run.history) < span[1]
-    return model.decode(h, ctx), recipe.center_loss * center_loss(h, states) if falling else 0.0
-
-
-@torch.no_grad()
-def held_out(model: OpenMythos, recipe: Recipe, batch: int = 256) -> float:
-    """Whole-string accuracy on fresh uniform strings of the longest trained length,
-    at the most trained loops, where nothing is asked nothing being wrong; of a corpus bits per byte
-    on validation windows, a quarter as many."""
-    device, n_loops = model.embed.weight.device, recipe.loops and recipe.loops[1]
-    if recipe.corpus is not None:
-        ids, targets = recipe.corpus.windows("validation", recipe.lengths[1], batch // 4, device)
-        return bits(model.eval()(ids, n_loops), targets).mean().item()
-    generator = torch.Generator().manual_seed(2 ** 32 - 1)   # no training step has this seed
-    ids, targets = recipe.make_batch(batch, recipe.lengths[1], generator, device)
-    right = (model.eval()(ids, n_loops).argmax(-1) == targets) | (targets == NOT_ASKED)
-    return right.all(1).cpu().float().mean().item()  # on a GPU a mean of ones may be below 1

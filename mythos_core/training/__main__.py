@@ -2,6 +2,7 @@
 
     python -m mythos_core.training --recipe parity-extrapolating --seed 0 --out build/run
     python -m mythos_core.training --machine 'regex:(ab)*c' --seed 0 --out build/run
+    python -m mythos_core.training --machine S3 --seed 0:8 --out build/eight
 """
 import argparse
 import time
@@ -15,6 +16,7 @@ from mythos_core.machines import machine
 from mythos_core.model import OpenMythos
 from mythos_core.recipes import RECIPES, Recipe, get_recipe, recipe_for
 from mythos_core.training import NotProved, Run, check, take_step, train
+from mythos_core.training.together import train_together
 
 
 def pace(recipe: Recipe, device=None) -> float:
@@ -28,6 +30,29 @@ def pace(recipe: Recipe, device=None) -> float:
     return time.perf_counter() - start
 
 
+def seeds(text: str) -> list[int]:
+    """"3" is [3], and "0:8" is 0 to 7."""
+    first, _, end = text.partition(":")
+    numbers = list(range(int(first), int(end))) if end else [int(first)]
+    if not numbers:
+        raise argparse.ArgumentTypeError(f"{text}: must have a seed")
+    return numbers
+
+
+def report(run: Run, out: Path):
+    """Say how a run ended, and draw the automaton of one that is proved."""
+    last, proof, left = run.history[-1], "", "weights"
+    if run.certificate and run.certificate.proved:
+        proof = (f", proved by {run.certificate.contexts} contexts "
+                 f"with {len(run.certificate.codes)} codes")
+        figures.draw_machine(run.certificate.machine).savefig(out / "automaton.png")
+    elif run.certificate:
+        proof, left = f", not proved: {run.certificate.reason}", "checkpoint"
+    print(f"{run.recipe.name}, seed {run.seed}: loss {last['loss']:.5f}, "
+          f"whole strings {last['held_out']:.3f}{proof}, "
+          f"{last['seconds']:.1f} s; {left} in {out}")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m mythos_core.training",
                                      description="Train a recipe from scratch.")
@@ -35,7 +60,9 @@ def main(argv=None):
     what.add_argument("--recipe", help=f"one of {sorted(RECIPES)}")
     what.add_argument("--machine", help="train until it is proved to be this machine, such as S3, "
                                         "even-pairs, divisible-by-7, or 'regex:(ab)*c'")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seeds, default=[0], metavar="SEED",
+                        help="a number; or of a machine's recipe FIRST:END, trained together, each "
+                             "into its own folder of --out")
     parser.add_argument("--steps", type=int, help="instead of the recipe's own number")
     parser.add_argument("--device")
     parser.add_argument("--out", required=True,
@@ -46,23 +73,24 @@ def main(argv=None):
     try:
         recipe = get_recipe(args.recipe) if args.recipe else recipe_for(machine(args.machine))
         recipe = replace(recipe, **({} if args.steps is None else {"steps": args.steps}))
-        check(recipe, args.seed, args.device)
+        check(recipe, args.seed[0], args.device)
         seconds = pace(recipe, args.device)
         print(f"{recipe.name}: at most {recipe.steps:,} steps, which take "
-              f"{recipe.steps * seconds / 60:.1f} minutes here")
-        run = train(recipe, args.seed, args.device, out=args.out, resume=args.resume)
+              f"{recipe.steps * seconds / 60:.1f} minutes here for one seed")
+        how = dict(device=args.device, out=args.out, resume=args.resume)
+        if len(args.seed) == 1:
+            report(train(recipe, *args.seed, **how), Path(args.out))
+            return
+        runs = train_together(recipe, args.seed, **how)
     except (ValueError, OSError, FloatingPointError, NotProved) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"\nstopped; go on with --resume (checkpoint in {args.out})\n")
-    last, proof = run.history[-1], ""
-    if run.certificate:
-        proof = (f", proved by {run.certificate.contexts} contexts "
-                 f"with {len(run.certificate.codes)} codes")
-        figures.draw_machine(run.certificate.machine).savefig(Path(args.out, "automaton.png"))
-    print(f"{recipe.name}, seed {args.seed}: loss {last['loss']:.5f}, "
-          f"whole strings {last['held_out']:.3f}{proof}, "
-          f"{last['seconds']:.1f} s; weights in {args.out}")
+    for run in runs:
+        report(run, Path(args.out, f"seed-{run.seed}"))
+    failed = [run.seed for run in runs if not run.certificate.proved]
+    if failed:
+        parser.exit(2, f"{parser.prog}: not proved: seeds {failed}\n")
 
 
 if __name__ == "__main__":

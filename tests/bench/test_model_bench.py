@@ -21,6 +21,7 @@ from workloads import (
     decode,
     forward,
     mixture,
+    several_seeds,
     strict_cache,
     strict_decode,
     strict_string,
@@ -35,6 +36,7 @@ from mythos_core.config import parity_config
 from mythos_core.machines import machine as machine_of
 from mythos_core.recipes import recipe_for
 from mythos_core.training import train
+from mythos_core.training.together import train_together
 
 ROUNDS = 21
 FEW = 3             # rounds of what takes seconds
@@ -58,7 +60,9 @@ TIMED = {"training step": (training_step, None, 1.4),
             for attn, bar in (("gqa", 30.0), ("mla", 35.0))},
          **{f"strict, 1 loop against its own {loops}: a token, GQA, 1,536 of context":
             (partial(strict_token, n_loops=loops), 1, bar)
-            for loops, bar in ((16, 5.5), (64, 20.0))}}
+            for loops, bar in ((16, 5.5), (64, 20.0))},
+         **{f"training step of 8 seeds of {name} together, against one after the other":
+            (partial(several_seeds, name=name), None, 1.5) for name in ("parity", "S5")}}
 COMPILED = "training step, torch.compile"
 EXPERTS = "MoE, 4 of 64 experts, against ours with 4 of 4"
 CACHE = "cache of 512 tokens, MLA"
@@ -69,6 +73,7 @@ STRING = "strict, 16 strings of 1,024 bits from left to right, against 1,024 loo
 PROOFS = {"parity proved, 10 seeds": ("parity", 1, 10, 15.0),
           "parity proved, 10 seeds, 2 threads": ("parity", 2, 10, 10.0),
           "S5 proved, 3 seeds": ("S5", 2, 3, 100.0)}
+TOGETHER = "parity proved, 8 seeds together, 2 threads"
 #: Shipped models that are proved again, and the most seconds.
 CERTIFICATES = {"certificate of parity": ("parity-extrapolating", "parity", 2.0),
                 "certificate of S5": ("state-S5", "S5", 60.0)}
@@ -81,7 +86,7 @@ def rows():
     made = {}
     yield made
     asked = {"cpu": {*TIMED, COMPILED, EXPERTS, CACHE, ONE_ENTRY, MEMORY, STRING, *PROOFS,
-                     *CERTIFICATES}, "cuda": set(TIMED)}
+                     TOGETHER, *CERTIFICATES}, "cuda": set(TIMED)}
     for device, works in asked.items():
         of = {work: row for (work, where), row in made.items() if where == device}
         if works <= of.keys():
@@ -189,6 +194,15 @@ def test_time_to_a_proof(rows, work):
                  for seed in range(seeds)]                       # NotProved would end it
     row = rows[work, "cpu"] = Row.of(work, "cpu", number, "s", [], taken, bar)
     assert row.reached, row
+
+
+def test_time_to_eight_proofs(rows):
+    with machine.threads(2):
+        runs = []
+        taken = machine.seconds(lambda: runs.extend(
+            train_together("parity-extrapolating", range(8), progress=False)))
+    assert all(run.certificate.proved for run in runs)
+    rows[TOGETHER, "cpu"] = Row.of(TOGETHER, "cpu", 2, "s", [], [taken], None)
 
 
 @pytest.mark.parametrize("work", CERTIFICATES)

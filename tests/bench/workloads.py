@@ -10,7 +10,11 @@ import torch.nn.functional as F
 
 from mythos_core import KVCache, OpenMythos, from_open_mythos
 from mythos_core.config import parity_config, tutorial_config
+from mythos_core.machines import machine as machine_of
 from mythos_core.parity import make_batch
+from mythos_core.recipes import recipe_for
+from mythos_core.training import begin, take_step
+from mythos_core.training.together import step_together
 
 FLOAT = 4           # bytes
 # a bias of the halting unit at which no position halts within 16 loops; far lower ones make
@@ -101,6 +105,30 @@ def strict_decode(device, attn_type, context=1536) -> Pair:
     pair = finished(their_token(theirs, ids, 16), our_token(model, ids, 1, cache),
                     cache.nbytes + weights(model), device)
     return replace(pair, alike=False)
+
+
+def several_seeds(device, name, seeds=8) -> Pair:
+    """A training step of each of several seeds of a machine: one after the other, and together.
+    Returns the losses."""
+    recipe = replace(recipe_for(machine_of(name)), curriculum=0.0)
+    alone, together = ([begin(recipe, seed, device, None, False) for seed in range(seeds)]
+                       for _ in range(2))
+
+    def one_by_one(runs, optimizers):
+        return [{"step": len(run.history), **take_step(run, optimizer, len(run.history))}
+                for run, optimizer in zip(runs, optimizers)]
+
+    def steps(begun, step):
+        runs, optimizers = zip(*begun)
+
+        def take():
+            rows = step(runs, optimizers)
+            for run, row in zip(runs, rows):
+                run.history.append(row)
+            return torch.tensor([row["loss"] for row in rows])
+        return take
+    return finished(steps(alone, one_by_one), steps(together, step_together),
+                    8 * seeds * weights(alone[0][0].model), device)
 
 
 def strict_string(device, length=1024, strings=16) -> Pair:

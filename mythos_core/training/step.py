@@ -1,0 +1,114 @@
+"""One optimiser step, and a look at held-out strings."""
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mythos_core.automaton import NOT_ASKED
+from mythos_core.losses import (
+    bits,
+    center_loss,
+    handing_on,
+    mean_loss,
+    move_weights,
+    numbered,
+    ponder,
+)
+from mythos_core.model import OpenMythos
+from mythos_core.recipes import Recipe
+from mythos_core.training.run import Run, falling
+from mythos_core.training.schedule import draw, fall, learning_rate
+
+
+def take_step(run: Run, optimizer, step) -> dict:
+    """One optimiser step; its loss and token accuracy."""
+    model, recipe = run.model.train(), run.recipe
+    begin_step(run, optimizer, step)
+    length, n_loops = draw(recipe, step)
+    ids, targets = recipe.make_batch(recipe.batch, length, strings=recipe.strings,
+                                     device=model.embed.weight.device)
+    scored = length
+    if recipe.reach:
+        scored = min(length, int(recipe.reach * sum(recipe.config.shift_growth ** t
+                                                    for t in range(n_loops))))
+    logits, also = _settled(run, ids) if n_loops is None else _looped(run, ids, n_loops)
+    logits, targets = logits[:, :scored].flatten(0, 1), targets[:, :scored].flatten()
+    weight = move_weights(recipe.machine, ids)[:, :scored].flatten() if recipe.balanced else None
+    loss = (mean_loss(logits, targets, weight) + also
+            + recipe.config.balance_loss * model.recurrent.block.ffn.imbalance)
+    optimizer.zero_grad()
+    loss.backward()
+    return end_step(run, optimizer, step, loss, logits.argmax(-1) == targets)
+
+
+def begin_step(run: Run, optimizer, step: int):
+    """Seed what a step draws, and set its learning rate."""
+    torch.manual_seed((run.seed * 1_000_003 + step + 1) % 2 ** 32)
+    for parameters in optimizer.param_groups:
+        parameters["lr"] = learning_rate(run.recipe, step, fall(run.history))
+
+
+def end_step(run: Run, optimizer, step: int, loss: Float[Tensor, ""],
+             right: Bool[Tensor, "*scored"]) -> dict:
+    """Move the parameters by their gradients; the step's loss and token accuracy."""
+    if not torch.isfinite(loss):
+        raise FloatingPointError(f"loss = {loss.item()} at step {step} of recipe "
+                                 f"{run.recipe.name}, seed {run.seed}")
+    torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.recipe.clip)
+    optimizer.step()
+    run.model.recurrent.block.ffn.balance()
+    return {"loss": loss.item(), "accuracy": right.float().mean().item()}
+
+
+def _looped(run: Run, ids, n_loops):
+    """Logits after so many loops, and what is added to their loss."""
+    records = []
+    logits = run.model(ids, n_loops, observer=records.append)
+    if not run.recipe.ponder_cost:
+        return logits, 0.0
+    return logits, run.recipe.ponder_cost * ponder(
+        torch.stack([record.halt_weight for record in records]))
+
+
+def _settled(run: Run, ids):
+    """Logits of the settled states, and what is added to their loss."""
+    recipe, (label, labels) = run.recipe, numbered(run.recipe.machine.outcomes(ids))
+    h, logits = settled(run.model, ids, label, labels, *disturbance(recipe, ids))
+    return logits, (recipe.center_loss * center_loss(h, label, labels) if falling(run) else 0.0)
+
+
+def disturbance(recipe: Recipe, ids: Int[Tensor, "batch seq"]
+                ) -> tuple[Float[Tensor, "batch seq dim"] | None, Bool[Tensor, "batch seq"]]:
+    """What is drawn of a pass over a machine's strings: noise on the block's inputs, and where the
+    mean of a state is handed on in its place."""
+    config, noise, common = recipe.config, [], []
+    for some in ids.split(config.stride, 1):
+        if config.loop_noise:
+            noise.append(torch.randn(*some.shape, config.dim, device=ids.device))
+        drawn = torch.rand(len(ids), 1, device=ids.device) < recipe.handed_on
+        common.append(drawn.expand_as(some))
+    return config.loop_noise * torch.cat(noise, 1) if noise else None, torch.cat(common, 1)
+
+
+def settled(model: OpenMythos, ids: Int[Tensor, "batch seq"], label: Int[Tensor, "batch seq"],
+            labels: int, noise: Float[Tensor, "batch seq dim"] | None,
+            common: Bool[Tensor, "batch seq"]
+            ) -> tuple[Float[Tensor, "batch seq dim"], Float[Tensor, "batch seq vocab"]]:
+    """The settled states under a `disturbance`, and their logits."""
+    ctx = model.context(ids)
+    h = model.recurrent.settle(model.encode(ids, ctx), handing_on(common, label, labels), noise)
+    return h, model.decode(h, ctx)
+
+
+@torch.no_grad()
+def held_out(model: OpenMythos, recipe: Recipe, batch: int = 256) -> float:
+    """Whole-string accuracy on fresh uniform strings of the longest trained length,
+    at the most trained loops, where nothing is asked nothing being wrong; of a corpus bits per byte
+    on validation windows, a quarter as many."""
+    device, n_loops = model.embed.weight.device, recipe.loops and recipe.loops[1]
+    if recipe.corpus is not None:
+        ids, targets = recipe.corpus.windows("validation", recipe.lengths[1], batch // 4, device)
+        return bits(model.eval()(ids, n_loops), targets).mean().item()
+    generator = torch.Generator().manual_seed(2 ** 32 - 1)   # no training step has this seed
+    ids, targets = recipe.make_batch(batch, recipe.lengths[1], generator, device)
+    right = (model.eval()(ids, n_loops).argmax(-1) == targets) | (targets == NOT_ASKED)
+    return right.all(1).cpu().float().mean().item()  # on a GPU a mean of ones may be below 1

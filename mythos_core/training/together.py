@@ -1,0 +1,184 @@
+"""Several seeds of a machine's training at once, their parameters stacked in one graph.
+
+A step of a small model is hundreds of small operations, each of which costs more to begin than to
+do. On a stack of models each is begun once for all, and is large enough for a second thread.
+"""
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call, vmap
+from tqdm.auto import tqdm
+
+from mythos_core import training
+from mythos_core.checkpoint import save, whole_steps
+from mythos_core.losses import center_loss, mean_loss, move_weights, numbered
+from mythos_core.recipes import Recipe, get_recipe
+from mythos_core.training.run import NotProved, Run, falling, finished
+from mythos_core.training.schedule import draw
+from mythos_core.training.step import begin_step, disturbance, end_step, settled
+
+
+def train_together(recipe: Recipe | str, seeds: Sequence[int], device=None, progress: bool = True,
+                   out=None, resume: bool = False) -> list[Run]:
+    """`train` by a machine's recipe with each of the seeds: the same weights, to rounding.
+
+    Each seed draws its own lengths, strings and noise, as it does alone. Shorter strings are
+    padded, and what is padded is not scored. A seed that is finished leaves the stack.
+
+    Args:
+        out: folder; what `train` writes of a seed is in its folder "seed-SEED".
+        resume: go on from the checkpoints there.
+
+    Returns:
+        The runs, in the order of `seeds`. One that is not proved in the recipe's steps is no error
+        here: its certificate says what stands against it.
+
+    Raises:
+        ValueError: no seeds, one twice, checkpoints of unfinished seeds after different steps, a
+            recipe whose loop is not a machine's, settled, without dropout and balancing; and as
+            `train`, like FloatingPointError, KeyboardInterrupt and OSError.
+    """
+    recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
+    _check(recipe, seeds, device)
+    checkpoints = [Path(out, f"seed-{seed}", "checkpoint.pt") if out else None for seed in seeds]
+    with torch.random.fork_rng():
+        started = [training.begin(recipe, seed, device, checkpoint, resume)
+                   for seed, checkpoint in zip(seeds, checkpoints)]
+        stack = [(*both, checkpoint) for both, checkpoint in zip(started, checkpoints)]
+        with whole_steps(checkpoints[0]) as stopped:
+            _loop(recipe, stack, progress, stopped)
+    return [run for run, _ in started]
+
+
+def _check(recipe: Recipe, seeds, device):
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds = {seeds}: must be at least one, each once")
+    for seed in seeds:
+        training.check(recipe, seed, device)
+    config = recipe.config
+    if recipe.machine is None or recipe.loops is not None or recipe.reach:
+        raise ValueError(f"recipe {recipe.name!r}: must have a machine, and loops and reach None")
+    for name in ("dropout", "balance_rate", "balance_loss"):
+        if getattr(config, name):
+            raise ValueError(f"config.{name} = {getattr(config, name)}: must be 0 where several "
+                             "seeds are trained together")
+
+
+def _loop(recipe: Recipe, stack: list[tuple], progress: bool, stopped: list):
+    """Steps until every run of the stack of (run, optimiser, checkpoint) is finished."""
+    stack = _leave(stack)
+    steps = {len(run.history) for run, *_ in stack}
+    if len(steps) > 1:
+        raise ValueError(f"checkpoints after {sorted(steps)} steps: seeds that go on together must "
+                         "be equally far; resume each with `train`")
+    before = max((run.history[-1]["seconds"] for run, *_ in stack if run.history), default=0.0)
+    start, seeds = time.perf_counter() - before, len(stack)
+    with tqdm(total=recipe.steps, initial=max(steps, default=0), disable=not progress,
+              desc=f"{recipe.name}, {seeds} seeds") as bar:
+        while stack:
+            runs, optimizers, _ = zip(*stack)
+            rows = step_together(runs, optimizers)
+            shown = [training.note(run, row, start) for run, row in zip(runs, rows)]
+            stack = _leave(stack)
+            if stopped or rows[0]["step"] % training.SAVE_EVERY == training.SAVE_EVERY - 1:
+                _save(stack)
+            if stopped and stack:
+                raise KeyboardInterrupt
+            proof = [said["proof"] for said in shown if "proof" in said] or [""]
+            bar.set_postfix(loss=f"{max(row['loss'] for row in rows):.4f}", proof=proof[0],
+                            finished=seeds - len(stack), refresh=False)
+            bar.update()
+
+
+def _leave(stack):
+    """The stack without the runs that are finished, which are concluded and written."""
+    for run, optimizer, checkpoint in stack:
+        if finished(run):
+            with suppress(NotProved):                            # the certificate says it
+                training.end(run, optimizer, checkpoint)
+    return [one for one in stack if not finished(one[0])]
+
+
+def _save(stack):
+    for run, optimizer, checkpoint in stack:
+        if checkpoint:
+            save(checkpoint, run, optimizer)
+
+
+def step_together(runs: Sequence[Run], optimizers: Sequence) -> list[dict]:
+    """One optimiser step of each run, all after equally many; their losses and token accuracies."""
+    step = len(runs[0].history)
+    batches = [_drawn(run, optimizer) for run, optimizer in zip(runs, optimizers)]
+    longest = max(batch["ids"].shape[1] for batch in batches)
+    labels = max(int(batch["label"].max()) for batch in batches) + 1
+    fill = {"ids": 1, "label": labels}                           # other things with 0
+    together = {name: torch.stack([_padded(batch[name], longest, fill.get(name, 0))
+                                   for batch in batches]) for name in batches[0]}
+    fallen = any(falling(run) for run in runs)
+
+    def loss_of(parameters, batch):
+        h, logits = functional_call(model, parameters, (
+            batch["ids"], batch["label"], batch.get("noise"), batch["common"]))
+        loss = mean_loss(logits.flatten(0, 1), batch["targets"].flatten(),
+                         batch["weight"].flatten())
+        if fallen:
+            loss = loss + batch["center"] * center_loss(h, batch["label"], labels + 1,
+                                                        batch["read"])
+        return loss, logits.argmax(-1)
+
+    model = _Settled(runs[0].model.eval(), labels + 1)
+    named = [dict(run.model.named_parameters(prefix="model")) for run in runs]
+    parameters = {name: torch.stack([of[name].detach() for of in named]).requires_grad_()
+                  for name in named[0]}
+    losses, answers = vmap(loss_of)(parameters, together)
+    losses.sum().backward()
+    rows = []
+    for i, (run, optimizer) in enumerate(zip(runs, optimizers)):
+        for name, parameter in named[i].items():
+            gradient = parameters[name].grad
+            parameter.grad = None if gradient is None else gradient[i]
+        targets = batches[i]["targets"]
+        right = answers[i, :, :targets.shape[1]] == targets
+        rows.append({"step": step, **end_step(run, optimizer, step, losses[i], right)})
+    return rows
+
+
+class _Settled(nn.Module):
+    """`settled` as the forward pass of a module, as `functional_call` needs it. The model is in
+    eval mode, in which torch.func knows all of it; what training adds is given."""
+
+    def __init__(self, model, labels: int):
+        super().__init__()
+        self.model, self.labels = model, labels
+
+    def forward(self, ids, label, noise, common):
+        return settled(self.model, ids, label, self.labels, noise, common)
+
+
+def _drawn(run: Run, optimizer) -> dict[str, Tensor]:
+    """What a run's next step draws and asks, (batch, seq) each but the noise and the factor
+    `center` of the center loss."""
+    recipe, step = run.recipe, len(run.history)
+    begin_step(run, optimizer, step)
+    length, _ = draw(recipe, step)
+    ids, targets = recipe.make_batch(recipe.batch, length, strings=recipe.strings,
+                                     device=run.model.embed.weight.device)
+    noise, common = disturbance(recipe, ids)
+    every = torch.ones_like(ids, dtype=torch.float)
+    return {"ids": ids, "targets": targets, "label": numbered(recipe.machine.outcomes(ids))[0],
+            "weight": move_weights(recipe.machine, ids) if recipe.balanced else every,
+            "common": common, "read": every, **({} if noise is None else {"noise": noise}),
+            "center": torch.tensor(recipe.center_loss * falling(run), device=ids.device)}
+
+
+def _padded(value: Tensor, seq: int, fill: int) -> Tensor:
+    """A (batch, seq, ...) with what `fill` says behind it; a number as it is."""
+    if value.dim() < 2:
+        return value
+    return F.pad(value, (0, 0) * (value.dim() - 2) + (0, seq - value.shape[1]), value=fill)
