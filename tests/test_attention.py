@@ -89,6 +89,7 @@ def test_mla_absorbed_equals_expanded(odd):
 @example(seq=SHORT + 1, window=None, past=0, mla=False).via("the first that is not")
 @example(seq=SHORT + 1, window=None, past=5, mla=True).via("the same behind a past, with one key "
                                                            "head")
+@example(seq=BLOCK + 1, window=1, past=3, mla=True).via("each position sees itself alone")
 def test_every_way_of_attending_is_masked_attention(seq, window, past, mla):
     config = tiny("mla" if mla else "gqa", window=window)
     q, k, v = (torch.randn(2, heads, past + seq, 4, dtype=torch.float64)
@@ -101,6 +102,15 @@ def test_every_way_of_attending_is_masked_attention(seq, window, past, mla):
     seen = past + seq if window is None else min(past, window - 1) + seq
     assert torch.allclose(attend(q[:, :, past:], k[:, :, -seen:], v[:, :, -seen:], ctx, window, 0.5,
                                  0.0), book)
+
+
+def test_with_a_window_of_one_dropout_leaves_values_out_and_makes_up_for_them():
+    v = torch.rand(2, 2, 500, 3) + 1
+    out = attend(torch.rand(2, 4, 500, 3), v, v, Context(None, None, None, None), 1, 0.5, 0.25)
+    ratio = (out / v.repeat_interleave(2, 1))[..., :1]
+    assert torch.allclose(out, ratio * v.repeat_interleave(2, 1))        # by whole values
+    assert ((ratio == 0) | ((ratio - 4 / 3).abs() < 1e-6)).all()
+    assert (ratio == 0).float().mean().item() == pytest.approx(0.25, abs=0.05)
 
 
 @pytest.mark.parametrize("attn", ["gqa", "mla"])
