@@ -263,6 +263,31 @@ def language_table():
     return "\n".join(lines)
 
 
+def balance_table():
+    """What docs/language.md quotes of strict models with and without the balancing bias."""
+    rows = json.loads((study.RESULTS / "language_balance.json").read_text(encoding="utf-8"))
+    head = ["balancing bias", "seed", "evenness of the loads", "division by kind",
+            "bits at the best"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in rows:
+        rate = row["recipe"]["config"]["balance_rate"]
+        division = max(max(of) - min(of) for of in zip(*row["experts_by_kind"].values()))
+        lines.append(f"| {f'{rate} a step' if rate else 'none'} | {row['seed']} "
+                     f"| {row['expert_entropy']:.3f} | {division:.2f} | {row['best']:.3f} |")
+    return "\n".join(lines)
+
+
+def test_the_balance_of_experts_on_text_is_quoted():
+    if balance_table() not in PAGES["docs/language.md"]:
+        pytest.fail(f"paste this into docs/language.md:\n\n{balance_table()}\n", pytrace=False)
+    rows = json.loads((study.RESULTS / "language_balance.json").read_text(encoding="utf-8"))
+    recipes = [{**row["recipe"], "config": {**row["recipe"]["config"], "balance_rate": None}}
+               for row in rows]
+    assert all(recipe == recipes[0] for recipe in recipes)       # nothing else differs
+    assert ([(row["recipe"]["config"]["balance_rate"], row["seed"]) for row in rows]
+            == [(rate, seed) for rate in (0.0, 0.01) for seed in range(3)])
+
+
 def test_the_bits_of_text_are_quoted_and_say_what_the_page_says():
     table, rows = language_table(), json.loads(
         (study.RESULTS / "language.json").read_text(encoding="utf-8"))

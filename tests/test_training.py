@@ -348,19 +348,19 @@ def test_the_center_loss_is_the_spread_of_states_that_mean_the_same():
 
 
 def test_a_regular_expression_becomes_a_proved_model_at_the_command_line(tmp_path, capsys):
-    of = machine("regex:(ab)*c")
+    of = machine("regex:(ab)*")
     main(["--machine", of.name, "--out", str(tmp_path)])
     said = capsys.readouterr().out
-    assert "regex:(ab)*c: at most 4,000 steps, which take " in said and ", proved by " in said
+    assert "regex:(ab)*: at most 4,000 steps, which take " in said and ", proved by " in said
     model = OpenMythos.from_pretrained(tmp_path)
     assert certify(model, of).proved
-    text = of.encode("ababc")
-    assert model(text).argmax(-1).tolist() == [[1, 1, 1, 1, 2]]
+    text = of.encode("ababb")
+    assert model(text).argmax(-1).tolist() == [[1, 2, 1, 2, 1]]
     kept = json.loads((tmp_path / "certificate.json").read_text(encoding="utf-8"))
     assert kept["proved"] and kept["machine"]["next_state"] == of.next_state.tolist()
     assert (tmp_path / "automaton.png").stat().st_size > 5000
     command = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["provenance"]
-    assert "--machine 'regex:(ab)*c' --seed 0" in command["command"]
+    assert "--machine 'regex:(ab)*' --seed 0" in command["command"]
 
 
 def test_a_machine_too_large_to_be_trained_is_refused():
