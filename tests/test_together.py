@@ -89,9 +89,10 @@ def test_seeds_end_when_each_is_proved(two):
     for run in runs:
         folder = out / f"seed-{run.seed}"
         assert certify(OpenMythos.from_pretrained(folder), machine("parity")).proved
-        assert json.loads((folder / "history.json").read_text()) == run.history
+        assert json.loads((folder / "history.json").read_text(encoding="utf-8")) == run.history
         assert run.history[-1]["held_out"] == 1.0 and run.history[-1]["proved"]
-        assert json.loads((folder / "certificate.json").read_text())["proved"]
+        proof = json.loads((folder / "certificate.json").read_text(encoding="utf-8"))
+        assert proof["proved"]
 
 
 def test_finished_seeds_are_not_trained_again(two):
