@@ -263,6 +263,24 @@ def language_table():
     return "\n".join(lines)
 
 
+def pace_table():
+    """What docs/language.md quotes of three arms: bits on the validation side by steps, means."""
+    rows = json.loads((study.RESULTS / "language.json").read_text(encoding="utf-8"))
+    steps = (100, 200, 400, 700, 1000, 1500)
+    lines = [f"| model | {' | '.join(f'{step:,}' for step in steps)} |",
+             "|---" * (len(steps) + 1) + "|"]
+    for arm in ("random-loops", "strict", "strict-carry"):
+        curves = [dict(row["validation"]) for row in rows if row["arm"] == arm]
+        cells = [f"{mean(curve[step] for curve in curves):.3f}" for step in steps]
+        lines.append(f"| {ARMS[arm]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def test_how_fast_the_arms_learn_is_quoted():
+    if pace_table() not in PAGES["docs/language.md"]:
+        pytest.fail(f"paste this into docs/language.md:\n\n{pace_table()}\n", pytrace=False)
+
+
 def balance_table():
     """What docs/language.md quotes of strict models with and without the balancing bias."""
     rows = json.loads((study.RESULTS / "language_balance.json").read_text(encoding="utf-8"))
