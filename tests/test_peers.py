@@ -3,7 +3,7 @@ import json
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 import peer
 import pytest
@@ -392,6 +392,24 @@ def peers_table():
     return "\n".join(lines)
 
 
+def random_table():
+    """What docs/peers.md quotes of the 40 machines drawn at random: by states times letters of the
+    minimal machine how many there are, steps until the first proof, and until the end."""
+    rows = [row for row in study.load(study.RESULTS / "machines.json")
+            if row["variant"].startswith("machine random")]
+    assert len(rows) == 40 and all(row["certificate"]["proved"] for row in rows)
+    moves = [sum(map(len, row["recipe"]["machine"]["next_state"])) for row in rows]
+    head = ["states x letters", "machines", "steps to the first proof", "steps in all"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for low, high in ((2, 4), (6, 10), (12, 16), (18, 24), (28, 32)):
+        of = [row for row, size in zip(rows, moves) if low <= size <= high]
+        first = [row["first_proof"]["step"] + 1 for row in of]
+        lines.append(f"| {low} to {high} | {len(of)} | {span_of(first)}, median {median(first):g} "
+                     f"| {span_of(row['steps'] for row in of)} |")
+    assert sum(2 <= size <= 32 for size in moves) == 40
+    return "\n".join(lines)
+
+
 def ladder_table():
     """What docs/peers.md quotes of the measure `ladder`: of each task within 16 elements the
     machine's states, seeds proved, steps; strings whole by length, of 64; elements of the shortest
@@ -412,7 +430,8 @@ def ladder_table():
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize("table", [by_loops_table, peers_table, ladder_table])
+@pytest.mark.parametrize("table", [by_loops_table, peers_table, random_table,
+                                   ladder_table])
 def test_rows_are_quoted(table):
     if table() not in PAGE:
         pytest.fail(f"paste this into docs/peers.md:\n\n{table()}\n", pytrace=False)
