@@ -26,7 +26,8 @@ from mythos_core.training.step import begin_step, disturbance, end_step, settled
 
 def train_together(recipe: Recipe | str, seeds: Sequence[int], device=None, progress: bool = True,
                    out=None, resume: bool = False) -> list[Run]:
-    """`train` by a machine's recipe with each of the seeds: the same weights, to rounding.
+    """`train` by a machine's recipe with each of the seeds: the same steps to rounding, which adds
+    up over a training.
 
     Each seed draws its own lengths, strings and noise, as it does alone. Shorter strings are
     padded, and what is padded is not scored. A seed that is finished leaves the stack.
