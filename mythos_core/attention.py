@@ -36,8 +36,8 @@ class Context:
         start = cache.length if cache is not None else 0
         rope = (rope_table(start, seq, config.rope_dim, config.rope_theta, like) if config.rope
                 else None)
-        if seq == 1 or config.window == 1 or (config.window is None and seq > SHORT
-                                              and not start):
+        if seq == 1 or sees_itself_alone(config) or (config.window is None and seq > SHORT
+                                                     and not start):
             return cls(rope, None, None, cache)
         window, block = ((start + seq, seq) if config.window is None
                          else (config.window, min(seq, BLOCK)))
@@ -58,6 +58,12 @@ class Context:
     def remember(self, layer: str, name: str, x: Tensor, keep: int | None = None) -> Tensor:
         """x with the past that the cache holds before it, if there is a cache."""
         return x if self.cache is None else self.cache.extend(layer, name, x, keep)
+
+
+def sees_itself_alone(config: MythosConfig) -> bool:
+    """With a window of 1 the softmax is of a single score, and so 1: attention gives the position's
+    own value, and no query or key is needed. With dropout they are kept, as it may drop that 1."""
+    return config.window == 1 and not config.dropout
 
 
 def band_mask(start: int, seq: int, window: int, block: int,
@@ -108,11 +114,7 @@ def attend(q: Float[Tensor, "batch heads seq dk"], k: Float[Tensor, "batch kv_he
 
     With a window, long strings are taken in blocks of queries that each read only the keys they can
     see: cost linear in length.
-    With a window of 1 a position sees itself alone, and the softmax of one score is 1.
     """
-    if window == 1:
-        own = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
-        return own * F.dropout(torch.ones_like(own[..., :1]), dropout_p) if dropout_p else own
     if ctx.bias is None and q.shape[2] > 1:
         return F.scaled_dot_product_attention(q, k, v, ctx.mask, dropout_p,
                                               is_causal=ctx.mask is None, scale=scale,
@@ -146,6 +148,11 @@ class GQA(nn.Module):
     def forward(self, x: Float[Tensor, "batch seq dim"], ctx: Context,
                 layer: str) -> Float[Tensor, "batch seq dim"]:
         c = self.config
+        if sees_itself_alone(c):
+            v = F.linear(x, self.qkv.weight[-c.n_kv_heads * self.head_dim:])
+            v = ctx.remember(layer, "v", v, keep=0).unflatten(-1, (c.n_kv_heads, 1, -1))
+            # (B, S, KV, heads of a group, head_dim)
+            return self.out(v.expand(-1, -1, -1, c.n_heads // c.n_kv_heads, -1).flatten(2))
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (B, S, H + 2 KV, head_dim)
         qk, v = qkv.split([c.n_heads + c.n_kv_heads, c.n_kv_heads], 2)
         q, k = rotate(qk, ctx.rope).split([c.n_heads, c.n_kv_heads], 2)
@@ -182,13 +189,17 @@ class MLA(nn.Module):
     def forward(self, x: Float[Tensor, "batch seq dim"], ctx: Context,
                 layer: str) -> Float[Tensor, "batch seq dim"]:
         c, nope = self.config, self.config.qk_nope_head_dim
-        q, latent, k_rope = self.down(x).split(
-            [c.q_lora_rank, c.kv_lora_rank, c.qk_rope_head_dim], -1)
+        # (H, nope | v, rank)
+        up_k, up_v = self.kv_up.weight.unflatten(0, (c.n_heads, -1)).split([nope, c.v_head_dim], 1)
+        parts = [c.q_lora_rank, c.kv_lora_rank, c.qk_rope_head_dim]
+        if sees_itself_alone(c):
+            latent = self.kv_norm(F.linear(x, self.down.weight.split(parts)[1]))
+            latent = ctx.remember(layer, "latent", latent, keep=0)
+            return self.out(torch.einsum("bsr,hvr->bshv", latent, up_v).flatten(2))
+        q, latent, k_rope = self.down(x).split(parts, -1)
         q = self.q_up(self.q_norm(q)).unflatten(-1, (c.n_heads, -1))  # (B, S, H, nope + rope)
         # (B, S, H + 1, rope): the heads' queries, and the key
         turned = rotate(torch.cat([q[..., nope:], k_rope.unsqueeze(2)], 2), ctx.rope)
-        # (H, nope | v, rank)
-        up_k, up_v = self.kv_up.weight.unflatten(0, (c.n_heads, -1)).split([nope, c.v_head_dim], 1)
         q = torch.cat([torch.einsum("bshn,hnr->bshr", q[..., :nope], up_k), turned[:, :, :-1]], -1)
         # (B, 1, S, rank + rope)
         k = torch.cat([self.kv_norm(latent), turned[:, :, -1]], -1).unsqueeze(1)

@@ -243,7 +243,7 @@ class RecurrentBlock(nn.Module):
         for own in e.split(stride, 1):                           # (B, up to stride, dim)
             new, at = self.norm(before[:, :own.shape[1]] + own), stride * len(states)
             new = self._noisy(new) if noise is None else new + noise[:, at:at + own.shape[1]]
-            z = torch.cat([z, new], 1)[:, -(window - 1 + own.shape[1]):]
+            z = new if window == 1 else torch.cat([z, new], 1)[:, -(window - 1 + own.shape[1]):]
             states.append(self.rounded(self.last(z, own)))
             before = states[-1]
             if hand_on is not None:

@@ -89,9 +89,9 @@ def test_mla_absorbed_equals_expanded(odd):
 @example(seq=SHORT + 1, window=None, past=0, mla=False).via("the first that is not")
 @example(seq=SHORT + 1, window=None, past=5, mla=True).via("the same behind a past, with one key "
                                                            "head")
-@example(seq=BLOCK + 1, window=1, past=3, mla=True).via("each position sees itself alone")
+@example(seq=BLOCK + 1, window=1, past=3, mla=True).via("dropout keeps the score that is alone")
 def test_every_way_of_attending_is_masked_attention(seq, window, past, mla):
-    config = tiny("mla" if mla else "gqa", window=window)
+    config = tiny("mla" if mla else "gqa", window=window, dropout=0.25)
     q, k, v = (torch.randn(2, heads, past + seq, 4, dtype=torch.float64)
                for heads in (4, config.kv_heads, config.kv_heads))
     book = plain_attention(q, *(x.repeat_interleave(4 // config.kv_heads, 1) for x in (k, v)), 0.5,
@@ -105,12 +105,21 @@ def test_every_way_of_attending_is_masked_attention(seq, window, past, mla):
 
 
 def test_with_a_window_of_one_dropout_leaves_values_out_and_makes_up_for_them():
-    v = torch.rand(2, 2, 500, 3) + 1
-    out = attend(torch.rand(2, 4, 500, 3), v, v, Context(None, None, None, None), 1, 0.5, 0.25)
+    config, v = tiny(window=1, dropout=0.25), torch.rand(2, 2, 500, 3) + 1
+    ctx = Context.of(config, 2, 500, None, v)
+    out = attend(torch.rand(2, 4, 500, 3), v, v, ctx, 1, 0.5, config.dropout)
     ratio = (out / v.repeat_interleave(2, 1))[..., :1]
     assert torch.allclose(out, ratio * v.repeat_interleave(2, 1))        # by whole values
     assert ((ratio == 0) | ((ratio - 4 / 3).abs() < 1e-6)).all()
     assert (ratio == 0).float().mean().item() == pytest.approx(0.25, abs=0.05)
+
+
+@pytest.mark.parametrize("attn", ["gqa", "mla"])
+def test_with_a_window_of_one_attention_is_the_value_that_it_would_be_with_scores(attn):
+    layer = make(GQA if attn == "gqa" else MLA, tiny(attn, window=1)).eval()
+    alone = layer(X, context(layer.config, X), "a")
+    layer.config = tiny(attn, window=1, dropout=0.25)            # so that they are computed
+    assert torch.allclose(layer(X, context(layer.config, X), "a"), alone)
 
 
 @pytest.mark.parametrize("attn", ["gqa", "mla"])
