@@ -10,7 +10,13 @@ from mythos_core.peers import peer_row
 from mythos_core.reference import reference_row
 from mythos_core.study.exits import exits_row
 from mythos_core.study.parity import accuracy_row, experts_row, generation_row, reach_row
-from mythos_core.study.proofs import check_arithmetic, far_row, ladder_row, proof_row
+from mythos_core.study.proofs import (
+    check_arithmetic,
+    far_row,
+    ladder_row,
+    looping_row,
+    proof_row,
+)
 from mythos_core.study.states import states_row, train_gru
 from mythos_core.training import NotProved, Run, train
 
@@ -18,7 +24,7 @@ from mythos_core.training import NotProved, Run, train
 MEASURES: dict[str, Callable[..., dict]] = {
     "ablations": accuracy_row, "reach": reach_row, "exits": exits_row, "experts": experts_row,
     "generation": generation_row, "proofs": proof_row, "machines": proof_row, "ladder": ladder_row,
-    "far": far_row, "states": states_row, "gru": states_row,
+    "far": far_row, "looping": looping_row, "states": states_row, "gru": states_row,
     "pace": lambda run: {"threads": torch.get_num_threads()}}
 #: What trains for itself, by (peer, recipe, seed, device): not ours, or not by its own recipe.
 ALONE: dict[str, Callable[..., dict]] = {

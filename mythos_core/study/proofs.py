@@ -64,6 +64,15 @@ def proof_row(run: Run | NotProved) -> dict:
                                  and run.seed < 10 else 256)}
 
 
+def looping_row(run: Run | NotProved) -> dict:
+    """Whether the training ended with a proof, where the first one was, and how long it took."""
+    proved, run = not isinstance(run, NotProved), run.run if isinstance(run, NotProved) else run
+    first = next((row for row in run.history if row.get("proved")), None)
+    return {"proved": proved, "steps": len(run.history), "seconds": run.history[-1]["seconds"],
+            "first_proof": first and {name: first[name] for name in ("step", "seconds")},
+            "accuracy": run.history[-1]["accuracy"]}
+
+
 @torch.no_grad()
 def far_row(run: Run) -> dict:
     """Strings that are right at every position, left to right behind one cache: two of 65,536
