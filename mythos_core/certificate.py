@@ -52,7 +52,8 @@ class Certificate:
             with a wrong answer lead to; the search ends there.
         codes: (n, dim) what states are rounded to.
         state_margin: the least distance of a state from the border of its code's cell. Beside it in
-            `errors` how far the model's arithmetic and float64 are apart in it, at most.
+            `errors` how far the model's arithmetic and float64 are apart in it, at most. Both are
+            measured of a closed set alone, and else 0.
         logit_margin: the least lead of an answer's logit; routing_margin: of a chosen expert's.
         model: the model with its states rounded to the codes: the one that the proof is about.
     """
@@ -162,12 +163,11 @@ def candidate_codes(model: OpenMythos, machine: Machine) -> Iterator[Float[Tenso
 def _certify(bare: OpenMythos, machine: Machine, codes: Tensor) -> Certificate:
     model = with_codes(bare, codes)
     closure = Closure(model, machine.letters, machine).run()
-    margins = {name: min(found) if found else 0.0 for name, found in closure.margins.items()}
-    errors = {name: max(found) if found else 0.0 for name, found in closure.errors.items()}
+    margins, errors = closure.margins, closure.errors
     thin = [name for name in margins if not margins[name] > SPARE * errors[name]]
     reason = ""
     if closure.wrong:
-        reason = f"a string of {closure.length} elements is answered wrong"
+        reason = f"a string of length {closure.length} is answered wrong"
     elif not closure.closed:
         reason = f"not closed after {len(closure.seen)} contexts"
     elif thin:

@@ -46,8 +46,10 @@ class Closure:
         self.codes_kept = max(c.window + c.stride - 1, (c.window - 1) * c.coda_layers)
         # positions before its own that an answer reads
         self.read = (c.window - 1) * c.coda_layers
-        self.margins = {"state": [], "logit": [], "routing": []}
-        self.errors = {"state": [], "logit": [], "routing": []}
+        # of a closed set: the least margin of each choice, and the model's largest error in it
+        self.margins = {"state": 0.0, "logit": 0.0, "routing": 0.0}
+        self.errors = {"state": 0.0, "logit": 0.0, "routing": 0.0}
+        self.judged: list[tuple] = []     # what the judge read, chose, and the margins it found
         self.follows: dict[Context, tuple[int, int]] = {}        # context -> code, answer
         # context, state of the machine behind it, and the answer due: one context and state may be
         # come to by moves with different answers
@@ -72,6 +74,8 @@ class Closure:
             frontier = {(self.past(context), state) for context, state, _ in new}
             self.length += bool(frontier)
         self.closed = not frontier and not self.wrong
+        if self.closed:
+            self._measure()
         return self
 
     def context(self, past: Context, letter: int) -> Context:
@@ -103,14 +107,20 @@ class Closure:
                 before = torch.tensor([context[1] for context in part], dtype=torch.int64)
                 read = (tokens, before.view(len(part), -1), self.read)
                 chosen, exact = _evaluate(self.judge, *read)
-                _, own = _evaluate(self.model, *read, chosen)
-                for name in self.margins:
-                    apart = torch.where(own[name] == exact[name], 0.0,
-                                        (own[name] - exact[name]).abs())
-                    self.margins[name].append(exact[name].min().item())
-                    self.errors[name].append(apart.max().item())
+                self.judged.append((read, chosen, exact))
                 self.follows |= dict(zip(part, zip(chosen["code"].tolist(),
                                                    chosen["answer"].tolist())))
+
+    def _measure(self):
+        """The margins, and how far they are from those that the model finds for the same choices:
+        only now, since a training tries many proofs that are not to be had."""
+        self.margins = dict.fromkeys(self.margins, torch.inf)
+        for read, chosen, exact in self.judged:
+            _, own = _evaluate(self.model, *read, chosen)
+            for name in self.margins:
+                apart = torch.where(own[name] == exact[name], 0.0, (own[name] - exact[name]).abs())
+                self.margins[name] = min(self.margins[name], exact[name].min().item())
+                self.errors[name] = max(self.errors[name], apart.max().item())
 
 
 def _evaluate(model, tokens: Int[Tensor, "n tokens"], before: Int[Tensor, "n positions"],

@@ -16,7 +16,7 @@ import tempfile
 import warnings
 from collections import defaultdict
 from functools import cache
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,27 +29,20 @@ from matplotlib.testing.compare import compare_images
 from nbformat.v4 import new_code_cell
 from nbval.plugin import IPyNbCell, IPyNbFile
 
-#: An exercise: its task, the code that tests it, and behind a fold the code that solves it.
-EXERCISE = re.compile(r"^(\*\*\d.*?)```python\n(.*?)```\s*"
-                      r"<details><summary>Solution</summary>\s*```python\n(.*?)```.*?</details>",
-                      re.S | re.M)
+#: What stands before an exercise's stub: the task, and behind a fold the code that solves it.
+EXERCISE = re.compile(r"### Exercise (\d+ · .*?)<details><summary>Solution</summary>\s*"
+                      r"```python\n(.*?)```.*</details>", re.S)
 TOLERANCE = 0.02  # of a number, or of the mean size of a list's numbers
 PICTURE = 2  # root mean square over pixels, of 255
 
 
 class Exercise(NamedTuple):
-    """One of a notebook's exercises: what it asks, the test, and the folded solution."""
+    """One of a notebook's exercises: what it asks, the cell with its test and a stub to fill, and
+    the folded solution, which calls the test."""
 
     task: str
-    test: str
+    stub: str
     solution: str
-
-    @property
-    def source(self) -> str:
-        """The two put together: a test that is a function is called by the solution, any other runs
-        after it."""
-        return (f"{self.test}\n{self.solution}" if self.test.startswith("def test_")
-                else f"{self.solution}\n{self.test}")
 
     @property
     def trains(self) -> bool:
@@ -57,10 +50,11 @@ class Exercise(NamedTuple):
 
 
 def exercises(notebook) -> list[Exercise]:
-    """Those that are whole: a task, a block of code that tests, a block of code that solves."""
-    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type
-                     == "markdown").partition("## Exercises")[2]
-    return [Exercise(*(part.strip() for part in parts)) for parts in EXERCISE.findall(text)]
+    """Those that are whole: a task with a folded solution, and behind it a stub."""
+    return [Exercise(match[1].strip(), stub.source, match[2].strip())
+            for cell, stub in pairwise(notebook.cells)
+            if "exercise" in stub.metadata.get("tags", [])
+            and (match := EXERCISE.fullmatch(cell.source.strip()))]
 
 
 def names_saved(source: str) -> list[str]:
@@ -152,7 +146,7 @@ class FiguresAsCommitted(pytest.Item):
 def behind(file: IPyNbFile, cells: list):
     """What comes after a notebook's cells, in the same kernel."""
     for number, exercise in enumerate(exercises(file.nb), 1):
-        cell, options = new_code_cell(exercise.source), defaultdict(bool)
+        cell, options = new_code_cell(exercise.solution), defaultdict(bool)
         item = IPyNbCell.from_parent(file, name=f"exercise {number}",
                                      cell_num=cells[-1].cell_num + number, cell=cell,
                                      options=options)

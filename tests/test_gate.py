@@ -25,6 +25,7 @@ FIGURES = checks.test_every_figure_has_its_numbers_and_is_shown
 MADE = checks.test_every_committed_figure_is_made_by_a_notebook_the_script_beside_it_or_the_bench
 MACHINE = checks.test_no_machine_in_the_outputs
 EXERCISES = checks.test_exercises_have_minutes_difficulty_a_test_and_a_folded_solution
+PLACE = checks.test_exercises_can_be_done_where_they_stand
 
 
 def first(notebook, tag):
@@ -69,6 +70,21 @@ def reword(old, new):
     return plant
 
 
+def rewrite(old, new):
+    """A plant: of the first exercise's stub, other words."""
+    return lambda notebook: first(notebook, "exercise").update(
+        source=first(notebook, "exercise").source.replace(old, new))
+
+
+def move_up(tag):
+    """A plant: the first cell with a tag stands with the one before it at the notebook's head."""
+    def plant(notebook):
+        at = notebook.cells.index(first(notebook, tag))
+        notebook.cells[:] = (notebook.cells[at - 1:at + 1] + notebook.cells[:at - 1]
+                             + notebook.cells[at + 1:])
+    return plant
+
+
 def rename_a_figure(notebook):
     cell = next(c for c in code(notebook) if "figures.save(" in c.source)
     cell.source = re.sub(r'(figures\.save\(\w+, )"\w+"', r'\1"of_no_file"', cell.source)
@@ -80,6 +96,7 @@ def clear_pictures(notebook):
 
 
 CALL, FOLD = "\ntest_mla_parameters(mla_parameters)\n", "<details><summary>Solution</summary>"
+CALLED = "# test_mla_parameters(mla_parameters)"
 ERROR = new_output("error", ename="ValueError", evalue="", traceback=[])
 #: What is wrong with a notebook: the check that has to find it, and a function that plants it.
 FAULTS = {
@@ -103,10 +120,14 @@ FAULTS = {
     "a figure without files": (FIGURES, rename_a_figure),
     "figures that are not shown": (FIGURES, clear_pictures),
     "a path of somebody's machine": (MACHINE, add_output(stream("/home/me/x"))),
-    "an exercise without minutes": (EXERCISES, reword("About 10 minutes", "Soon done")),
-    "an exercise without a test": (EXERCISES, reword("assert mla_parameters", "mla_parameters")),
+    "an exercise without minutes": (EXERCISES, reword("about 10 minutes", "soon done")),
+    "an exercise without a stub": (EXERCISES, lambda n: n.cells.remove(first(n, "exercise"))),
+    "an exercise without a test": (EXERCISES, rewrite("assert mla_parameters", "mla_parameters")),
+    "no call to uncomment": (EXERCISES, rewrite(CALLED, "")),
     "a test that nobody calls": (EXERCISES, reword(CALL, "\n")),
     "a solution that is not folded": (EXERCISES, reword(FOLD, "Solution")),
+    "an exercise before what it needs": (PLACE, move_up("exercise")),
+    "an exercise with a name that is taken": (PLACE, rewrite("mla_parameters", "count")),
 }
 
 
@@ -210,20 +231,19 @@ DRAW = """fig = plt.figure()
 fig.add_subplot().plot([1, 2, {n}])
 figures.save(fig, "{name}", [1, 2, {n}])
 plt.close(fig)"""
-EXERCISE = """**{n}** (easy, 5 minutes). {task}
-
-```python
-assert {name}(2) == 4
-```
+TASK = """### Exercise {n} · {task}
 
 <details><summary>Solution</summary>
 
 ```python
 def {name}(x):
     return {answer}
+
+test_{name}({name})
 ```
 </details>
 """
+STUB = "def test_{name}({name}):\n    assert {name}(2) == 4"
 
 
 @pytest.mark.parametrize("here", [True, False])
@@ -233,20 +253,22 @@ def test_a_run_that_differs_from_what_was_committed_fails_the_gate(tmp_path, her
                             metadata={"tags": ["claims", "nbval-check-output"]}, execution_count=1,
                             outputs=[new_output("stream", name="stdout", text=f"PASS  {n}\n")])
               for n in (1, 2)]
-    tasks = ["## Exercises", EXERCISE.format(n=1, task="Double.", name="double", answer="2 * x"),
-             EXERCISE.format(n=2, task="Add.", name="add", answer="x + 1"),
-             EXERCISE.format(n=3, task="About a minute is training.", name="train", answer="x + 2")]
+    tasks = [part for n, (task, name, answer) in enumerate(
+                [("Double.", "double", "2 * x"), ("Add.", "add", "x + 1"),
+                 ("About a minute is training.", "train", "x + 2")], 1)
+             for part in (new_markdown_cell(TASK.format(n=n, task=task, name=name, answer=answer)),
+                          new_code_cell(STUB.format(name=name), execution_count=1,
+                                        metadata={"tags": ["exercise"]}))]
     as_it_was = DRAW.format(name="as_it_was", n=3)
     cells = [SAVE, "offset = 0", as_it_was, DRAW.format(name="changed", n=9),
-             claims[0], "offset = 1", claims[1]]
+             claims[0], "offset = 1", *tasks, claims[1]]
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "figures").mkdir()
     of = arithmetic() if here else "another processor"
     (tmp_path / "figures" / "arithmetic.txt").write_text(of, encoding="utf-8")
     cells = [cell if isinstance(cell, dict) else new_code_cell(cell, execution_count=1)
              for cell in cells]
-    nbformat.write(new_notebook(cells=[*cells, new_markdown_cell("\n\n".join(tasks))]),
-                   tmp_path / "notebooks" / "x.ipynb")
+    nbformat.write(new_notebook(cells=cells), tmp_path / "notebooks" / "x.ipynb")
     before = "\n".join([SAVE, as_it_was, DRAW.format(name="changed", n=3)])
     committed = subprocess.run([sys.executable, "-c", before],
                                env={**os.environ, "MYTHOS_FIGURES": str(tmp_path / "figures"),
@@ -260,7 +282,7 @@ def test_a_run_that_differs_from_what_was_committed_fails_the_gate(tmp_path, her
     outcomes = dict(reversed(line.split(" - ")[0].split(" ", 1))
                     for line in re.findall(r"^((?:PASSED|FAILED) .*)$", said, re.M))
     outcomes = {name.partition("::")[2]: outcome for name, outcome in outcomes.items()}
-    assert outcomes == {**{f"Cell {n}": "PASSED" for n in range(6)}, "Cell 6": "FAILED",
+    assert outcomes == {**{f"Cell {n}": "PASSED" for n in range(9)}, "Cell 9": "FAILED",
                         "exercise 1": "PASSED", "exercise 2": "FAILED",
                         "figures as committed": "FAILED" if here else "PASSED"}, said
     assert (("changed/points: off by" in said) is ("changed.png" in said) is here

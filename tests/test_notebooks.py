@@ -6,6 +6,7 @@ nbval-check-output; gate.py adds the exercises' solutions and the figures of tha
 shows each check a fault.
 """
 import ast
+import builtins
 import json
 import os
 import re
@@ -64,8 +65,7 @@ def test_every_code_cell_was_run_in_order_without_error(notebook):
 def test_form(notebook):
     text = prose(notebook)
     for part in ("**Question", "**Answer", "What you will learn", "Run time",
-                 "What would falsify this", "What was not run", "Exercises", "<details>",
-                 "References"):
+                 "What would falsify this", "What was not run", "References"):
         assert part in text, part
     assert text.startswith(f"# {notebook.name[:2]}")
     colab = REPOSITORY.replace("https://github.com", "https://colab.research.google.com/github")
@@ -98,15 +98,45 @@ def test_claims_are_asserted_and_passed(notebook):
 
 def test_exercises_have_minutes_difficulty_a_test_and_a_folded_solution(notebook):
     whole = exercises(notebook)
-    assert (len(whole) == len(re.findall(r"^\*\*\d", prose(notebook).partition("## Exercises")[2],
-                                         re.M)) >= 2)
-    for number, exercise in enumerate(whole, 1):
-        assert exercise.task.startswith(f"**{number}")
+    headings = re.findall(r"^### Exercise (\d+) · ", prose(notebook), re.M)
+    assert headings == [str(n) for n in range(1, len(whole) + 1)] and len(whole) >= 2
+    assert len(code(notebook, "exercise")) == len(whole)
+    for exercise in whole:
         assert (re.search(r"\d+ minutes", exercise.task)
-                and re.search(r"easy|medium|hard|difficulty \d of 5", exercise.task, re.I))
-        assert "assert" in exercise.test
-        called = re.match(r"def (test_\w+)", exercise.test)
-        assert called is None or f"\n{called[1]}(" in exercise.solution, "a test that nobody calls"
+                and re.search(r"\*(Easy|Medium|Hard)", exercise.task))
+        test, stub = ast.parse(exercise.stub).body
+        assert test.name == f"test_{stub.name}"
+        assert any(isinstance(node, ast.Assert) for node in ast.walk(test))
+        assert f"\n# {test.name}({stub.name})" in exercise.stub, "no call to uncomment"
+        assert exercise.solution.endswith(f"\n{test.name}({stub.name})"), "a test nobody calls"
+
+
+def names(source, kind):
+    """Names that code binds anywhere, of functions, classes, arguments and imports too; or those
+    that it reads."""
+    nodes = list(ast.walk(ast.parse(re.sub(r"^(\s*)%.*", r"\1pass", source, flags=re.M))))
+    found = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, kind)}
+    if kind is ast.Store:
+        found |= {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        found |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+        found |= {(node.asname or node.name).partition(".")[0] for node in nodes
+                  if isinstance(node, ast.alias)}
+    return found
+
+
+def test_exercises_can_be_done_where_they_stand(notebook):
+    """They need what is above them alone, and nothing else has a name of theirs."""
+    cells = code(notebook)
+    whole = {exercise.stub: exercise for exercise in exercises(notebook)}
+    for at, cell in enumerate(cells):
+        if cell.source in whole:
+            needed = f"{cell.source}\n{whole[cell.source].solution}"
+            known = {*dir(builtins), *names(needed, ast.Store)}.union(
+                *(names(c.source, ast.Store) for c in cells[:at]))
+            own = {node.name for node in ast.parse(cell.source).body}
+            assert names(needed, ast.Load) <= known
+            assert not own & set().union(*(names(c.source, ast.Store) for c in cells
+                                           if c is not cell))
 
 
 @pytest.mark.parametrize("number", range(1, len(NAMES) + 1))
@@ -169,7 +199,8 @@ def test_the_slider_moves_where_someone_is_there_and_gives_a_picture_elsewhere(m
 
 
 def test_cells_are_small_and_explained(notebook):
-    sizes = [len([line for line in c.source.splitlines() if line.strip()]) for c in code(notebook)]
+    sizes = [len([line for line in c.source.splitlines() if line.strip()]) for c in code(notebook)
+             if "exercise" not in c.metadata.get("tags", [])]
     assert statistics.median(sizes) <= 8
     assert len(prose(notebook).split()) >= 3 * sum(sizes)
 

@@ -21,6 +21,7 @@ from workloads import (
     decode,
     forward,
     mixture,
+    settled_step,
     several_seeds,
     strict_cache,
     strict_decode,
@@ -61,6 +62,8 @@ TIMED = {"training step": (training_step, None, 1.4),
          **{f"strict, 1 loop against its own {loops}: a token, GQA, 1,536 of context":
             (partial(strict_token, n_loops=loops), 1, bar)
             for loops, bar in ((16, 5.5), (64, 20.0))},
+         "strict, training step, settled from left to right against 16 loops":
+         (settled_step, None, None),
          **{f"training step of 8 seeds of {name} together, against one after the other":
             (partial(several_seeds, name=name), None, 1.5) for name in ("parity", "S5")}}
 COMPILED = "training step, torch.compile"

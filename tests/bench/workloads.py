@@ -1,5 +1,6 @@
 """The work that is timed. Each function gives a `Pair`: the same work by open-mythos 0.5.0 and by
 us, with the same weights; or by a strict model of ours in two ways."""
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -12,7 +13,7 @@ from mythos_core import KVCache, OpenMythos, from_open_mythos
 from mythos_core.config import parity_config, tutorial_config
 from mythos_core.machines import machine as machine_of
 from mythos_core.parity import make_batch
-from mythos_core.recipes import recipe_for
+from mythos_core.recipes import get_recipe, recipe_for
 from mythos_core.training import begin, take_step
 from mythos_core.training.together import step_together
 
@@ -129,6 +130,18 @@ def several_seeds(device, name, seeds=8) -> Pair:
         return take
     return finished(steps(alone, one_by_one), steps(together, step_together),
                     8 * seeds * weights(alone[0][0].model), device)
+
+
+def settled_step(device, length=16) -> Pair:
+    """A training step of a strict model, of parity's recipe without its noise: by as many loops as
+    positions, and settled from left to right, with the same gradient. Returns the loss."""
+    config = replace(get_recipe("parity-extrapolating").config, loop_noise=0.0, halting="none")
+    torch.manual_seed(0)
+    looped = OpenMythos(config).to(device).train()
+    settled = copy.deepcopy(looped)
+    batch = make_batch(64, length, device=device)
+    return finished(stepper(looped, *batch, length, fused=True),
+                    stepper(settled, *batch, None, fused=True), 8 * weights(settled), device)
 
 
 def strict_string(device, length=1024, strings=16) -> Pair:
