@@ -20,4 +20,5 @@ def __getattr__(name: str) -> Any:
     `mythos_core.batch`, each of whose workers is a process, does not need it."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = found = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return found

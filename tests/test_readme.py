@@ -162,8 +162,17 @@ def test_the_readme_says_what_the_figures_say(claim):
     assert any(CLAIMS[claim]() in " ".join(page.split()) for page in PAGES.values())
 
 
+def proof_seconds(name):
+    """The shortest and the longest training of a machine."""
+    taken = [row["train_seconds"] for row in study.load(study.RESULTS / "proofs.json")
+             if row["variant"] == f"proved {name}"]
+    return f"{min(taken):.0f} to {max(taken):.0f}"
+
+
 def test_the_proofs_are_counted_in_the_readme():
     assert proofs() in README
+    assert (f"a training of S3 took {proof_seconds('S3')} seconds, one of S5 {proof_seconds('S5')}"
+            in " ".join(README.split()))
 
 
 def test_the_readme_is_a_page_that_one_reads():

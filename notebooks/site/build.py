@@ -132,6 +132,8 @@ def main(out):
                                                "after": after, "repository": REPOSITORY})
         (out / f"{page['name']}.html").write_text(html, encoding="utf-8")
     pdoc.render.configure(docformat="google", search=False, show_source=False)
+    for name in mythos_core.__all__:   # pdoc sees only what the package has imported
+        getattr(mythos_core, name)
     modules = pkgutil.iter_modules(mythos_core.__path__, "mythos_core.")
     pdoc.pdoc("mythos_core", *(module.name for module in modules), output_directory=out / "api")
     print(f"{len(pages)} pages in {out}, "
