@@ -36,9 +36,9 @@ test: $(VENV)/installed
 test-notebooks: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/test_notebooks.py notebooks $(NBVAL)
 
-# What trains, under other arithmetics that this processor can do; ONLY=NAME for one of them.
+# What trains, under other arithmetics that this processor can do; ONLY=NAME for one of them, FILES=... for some tests.
 test-arithmetics: $(VENV)/installed
-	$(BIN)/python tests/arithmetics.py --workers $(WORKERS) $(if $(ONLY),--only $(ONLY))
+	$(BIN)/python tests/arithmetics.py --workers $(WORKERS) $(if $(ONLY),--only $(ONLY)) $(FILES)
 
 test-browser: site
 	$(BIN)/python -m pytest tests/browser

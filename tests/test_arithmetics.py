@@ -29,6 +29,8 @@ def test_the_settings():
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     (only,) = re.findall(r"test-arithmetics ONLY=(\S+)", script)
     assert settings[only]
+    (names,) = re.findall(r"notebooks/\{(.*)\}\.ipynb", script)
+    assert set(names.split(",")) < set(arithmetics.NOTEBOOKS)
 
 
 def test_only_the_setting_s_own_variables_are_set(monkeypatch):
