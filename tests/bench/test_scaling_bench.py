@@ -1,6 +1,6 @@
-"""How cost grows, as two figures, by `make bench`: ours beside open-mythos 0.5.0, and a strict
-model's by the order in which its positions settle. No position halts, so that every loop asked for
-is run."""
+"""How cost grows, as three figures, by `make bench`: ours beside open-mythos 0.5.0, where no
+position halts, so that every loop asked for is run; a strict model's by the order in which its
+positions settle; and that of a training step and of a proof by the states of the machine."""
 import statistics
 from functools import partial
 
@@ -9,9 +9,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.ticker import LogLocator
-from workloads import NEVER, decode, forward, mixture, training_step
+from workloads import NEVER, decode, forward, machine_step, mixture, training_step
 
 from mythos_core import KVCache, OpenMythos, figures
+from mythos_core.certificate import certify
+from mythos_core.machines import machine as machine_of
 from mythos_core.parity import make_batch
 
 RUNS = 5
@@ -39,6 +41,9 @@ SCHEDULES = {"all at once": lambda model, ids: model(ids, ids.shape[1]),
              "pieces of 8": lambda model, ids: model(ids, 8, KVCache(ids.shape[1])),
              "left to right": lambda model, ids: model(ids)}
 LENGTHS = (32, 64, 128, 256, 512)
+#: The machines of which a proved model ships, and its name.
+PROVED = {"parity": "parity-extrapolating", **{name: f"state-{name}" for name in
+                                               ("Z5", "S3", "A5", "S5")}}
 
 
 def medians(*works, runs=RUNS) -> list[float]:
@@ -121,3 +126,27 @@ def test_schedules_of_a_strict_loop():
     alt = ("Two log-log panels of milliseconds against length, for one string and for 16: a strict "
            "model settled all at once, in pieces of 32 and of 8, and from left to right")
     figures.save(fig, "bench_schedules", alt, **measured)
+
+
+def by_states(works: dict) -> dict:
+    """As `measure`, of work for machines of so many states."""
+    with machine.threads(1) as threads:
+        times = [medians(work)[0] for work in works.values()]
+    return {"threads": threads, "values": list(works), "milliseconds": {"ours": times},
+            "exponents": {"ours": np.polyfit(np.log(list(works)), np.log(times), 1)[0]}}
+
+
+def test_states_of_the_machine():
+    figures.use_house_style()
+    fig, axes = plt.subplots(1, 2, figsize=(11, 4))
+    proved = {len(asked): lambda asked=asked, shipped=shipped: certify(shipped, asked)
+              for asked, shipped in ((machine_of(name), OpenMythos.from_pretrained(kept))
+                                     for name, kept in PROVED.items())}
+    measured = {"Training step, Z2 to Z48": by_states(
+                    {n: machine_step(f"Z{n}") for n in (2, 4, 8, 12, 16, 24, 48)}),
+                "Certificate of each model that ships": by_states(proved)}
+    for ax, (title, found) in zip(axes, measured.items()):
+        draw(ax, COLOURS, title, "states of the machine", **found)
+    alt = ("Two log-log panels of milliseconds against the states of the machine: a training step, "
+           "and the certificate of a proved model")
+    figures.save(fig, "bench_states", alt, **measured)

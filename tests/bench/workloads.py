@@ -132,6 +132,13 @@ def several_seeds(device, name, seeds=8) -> Pair:
                     8 * seeds * weights(alone[0][0].model), device)
 
 
+def machine_step(name) -> Callable:
+    """A training step by a machine's recipe, at its full length, to be called again and again."""
+    recipe = replace(recipe_for(machine_of(name)), curriculum=0.0, lengths=(16, 16))
+    run, optimizer = begin(recipe, 0, "cpu", None, False)
+    return lambda: take_step(run, optimizer, 0)
+
+
 def settled_step(device, length=16) -> Pair:
     """A training step of a strict model, of parity's recipe without its noise: by as many loops as
     positions, and settled from left to right, with the same gradient. Returns the loss."""
