@@ -114,13 +114,13 @@ class Closure:
     def _measure(self):
         """The margins, and how far they are from those that the model finds for the same choices:
         only now, since a training tries many proofs that are not to be had."""
-        self.margins = dict.fromkeys(self.margins, torch.inf)
-        for read, chosen, exact in self.judged:
-            _, own = _evaluate(self.model, *read, chosen)
-            for name in self.margins:
-                apart = torch.where(own[name] == exact[name], 0.0, (own[name] - exact[name]).abs())
-                self.margins[name] = min(self.margins[name], exact[name].min().item())
-                self.errors[name] = max(self.errors[name], apart.max().item())
+        owns = [_evaluate(self.model, *read, chosen)[1] for read, chosen, _ in self.judged]
+        for name in self.margins:
+            exact = torch.cat([found[name] for *_, found in self.judged])
+            own = torch.cat([found[name] for found in owns])
+            apart = torch.where(own == exact, 0.0, (own - exact).abs())
+            # torch's, in which what is not a number wins
+            self.margins[name], self.errors[name] = exact.min().item(), apart.max().item()
 
 
 def _evaluate(model, tokens: Int[Tensor, "n tokens"], before: Int[Tensor, "n positions"],

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_strict import strict_model
 
-from mythos_core import KVCache, OpenMythos
+from mythos_core import KVCache, OpenMythos, closure
 from mythos_core.certificate import automaton, certify
 from mythos_core.machines import Machine, machine
 from mythos_core.model import PRETRAINED, shipped
@@ -141,6 +141,22 @@ def test_a_margin_below_the_error_of_arithmetic_proves_nothing():
     tie = codes[:1] + 1e-5 * torch.randn(1, codes.shape[1])
     proof = certify(model, machine("parity"), torch.cat([codes, tie]))
     assert not proof.proved and "state margin" in proof.reason and proof.wrong == 0
+
+
+@pytest.mark.parametrize("arithmetic", ["float64", "the model's own"])
+def test_a_margin_that_is_not_a_number_proves_nothing(arithmetic, monkeypatch):
+    evaluate = closure._evaluate
+
+    def spoiled(model, tokens, before, read, chosen=None):
+        """As it is, but for the last context's margin of its experts."""
+        choices, margins = evaluate(model, tokens, before, read, chosen)
+        if (chosen is None) == (arithmetic == "float64"):
+            margins["routing"][-1] = torch.nan
+        return choices, margins
+
+    monkeypatch.setattr(closure, "_evaluate", spoiled)
+    proof = certify(OpenMythos.from_pretrained("parity-extrapolating"), machine("parity"))
+    assert not proof.proved and "routing margin" in proof.reason and "nan" in proof.reason
 
 
 def test_codes_that_mix_up_two_states_are_refused():
