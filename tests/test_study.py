@@ -73,7 +73,8 @@ def test_whole_strings_counts_strings_that_are_right_everywhere():
 
 
 @pytest.fixture(params=["proofs", "machines", "far", "reach", "ablations", "exits", "experts",
-                        "generation", "states", "gru", "pace", "reference", "ladder", "peers"])
+                        "generation", "states", "gru", "pace", "reference", "ladder", "peers",
+                        "looping"])
 def committed(request):
     return study.load(study.RESULTS / f"{request.param}.json")
 
