@@ -29,9 +29,10 @@ $(VENV)/site: $(VENV)/installed requirements-site.txt
 tutorial: $(VENV)/installed
 	MYTHOS_FIGURES=$(CURDIR)/build/figures $(BIN)/python -m mythos_core.batch $(NOTEBOOKS) --workers $(WORKERS) --out build/tutorial
 
+# Notebooks first: by itself xdist begins with the files of most tests, and ends with one worker at a notebook that trains.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests notebooks --ignore tests/browser \
-	    --ignore tests/test_colab.py $(NBVAL) -m "not training and not wheel"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder notebooks tests \
+	    --ignore tests/browser --ignore tests/test_colab.py $(NBVAL) -m "not training and not wheel"
 
 test-notebooks: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/test_notebooks.py notebooks $(NBVAL)
