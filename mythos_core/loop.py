@@ -49,11 +49,11 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch seq dim"], ctx: Context, layer: str):
         """The block's output, and the experts chosen if its ffn is a MoE (else None)."""
-        x = x + F.dropout(self.attn(self.attn_norm(x), ctx, layer), self.dropout, self.training)
+        x = x + torch.dropout(self.attn(self.attn_norm(x), ctx, layer), self.dropout, self.training)
         out, expert_ids = self.ffn(self.ffn_norm(x)), None
         if isinstance(self.ffn, MoE):
             out, expert_ids = out
-        return x + F.dropout(out, self.dropout, self.training), expert_ids
+        return x + torch.dropout(out, self.dropout, self.training), expert_ids
 
 
 class LTIInjection(nn.Module):
