@@ -1,10 +1,11 @@
-"""Shapes named in signatures are checked at run time in every test."""
+"""Shapes named in signatures are checked at run time, but in files that ask for
+`without_shape_checks`."""
+import jaxtyping
 import pytest
 import torch
 from gate import pytest_collection_modifyitems  # noqa: F401
-from jaxtyping import install_import_hook
 
-install_import_hook("mythos_core", "beartype.beartype")
+jaxtyping.install_import_hook("mythos_core", "beartype.beartype")
 
 import peer  # noqa: E402
 
@@ -19,6 +20,15 @@ collect_ignore = ["bench"]
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def without_shape_checks():
+    """For files that train or prove for most of their time, a third of which the checks would
+    take. tests/test_shapes.py has a step of each such work with them."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,8 @@ from mythos_core.certificate import automaton, certify
 from mythos_core.machines import Machine, machine
 from mythos_core.model import PRETRAINED, shipped
 
+pytestmark = pytest.mark.usefixtures("without_shape_checks")
+
 PROVED = {"parity-extrapolating": "parity", "state-Z5": "Z5", "state-S3": "S3", "state-A5": "A5",
           "state-S5": "S5"}
 FREE = dict(rope=False, max_seq_len=None)

@@ -33,6 +33,8 @@ from mythos_core.recipes import get_recipe, recipe_for
 from mythos_core.training import NotProved
 from mythos_core.training.schedule import draw
 
+pytestmark = pytest.mark.usefixtures("without_shape_checks")
+
 PARITY = recipe_for(machine("parity"))
 
 

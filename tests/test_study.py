@@ -23,6 +23,8 @@ from mythos_core.recipes import Recipe, get_recipe
 from mythos_core.reference import TRAINED
 from mythos_core.study import exits, measures, parity, states
 
+pytestmark = pytest.mark.usefixtures("without_shape_checks")
+
 
 def test_a_variant_changes_what_it_says_and_nothing_else():
     recipe = get_recipe("parity-carrying")

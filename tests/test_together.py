@@ -16,6 +16,8 @@ from mythos_core.training.__main__ import main, seeds
 from mythos_core.training.schedule import draw
 from mythos_core.training.together import step_together, train_together
 
+pytestmark = pytest.mark.usefixtures("without_shape_checks")
+
 SEEDS = [0, 1, 5]
 
 

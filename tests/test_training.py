@@ -25,6 +25,8 @@ from mythos_core.training import NotProved, Run, finished, held_out, train, trai
 from mythos_core.training.__main__ import main
 from mythos_core.training.schedule import draw, fall, learning_rate
 
+pytestmark = pytest.mark.usefixtures("without_shape_checks")
+
 SHORT = replace(get_recipe("parity-carrying"), steps=12, batch=8)
 
 
