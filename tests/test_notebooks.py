@@ -75,6 +75,12 @@ def test_form(notebook):
     assert f"git+{REPOSITORY}" in setup.source and not setup.outputs
 
 
+def test_no_cell_of_prose_is_long(notebook):
+    words = {cell.id: len(cell.source.split()) for cell in notebook.cells
+             if cell.cell_type == "markdown"}
+    assert {name: n for name, n in words.items() if n > 200} == {}
+
+
 def test_parameters_are_literals(notebook):
     for node in ast.parse(code(notebook, "parameters")[0].source).body:
         assert isinstance(node, ast.Assign)
