@@ -414,18 +414,21 @@ def test_a_cell_that_ends_the_notebook_early_fails_the_run(tmp_path, source, no_
 
 
 def test_a_run_ends_at_its_time_limit_alone(tmp_path, no_report, capsys):
-    """The limit is of all cells together; the second hangs where no interrupt reaches it."""
+    """The limit is of all cells together; the second hangs where no interrupt reaches it. The
+    start of a kernel counts too, which on a busy machine may take seconds."""
     hang = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
     notebook = write(tmp_path / "hang.ipynb", ("seed = 0", "parameters"),
                      ("import time\ntime.sleep(1)",), (f"{hang}while seed:\n    pass",))
     start = time.monotonic()
-    limited = [notebook, "--grid", "seed=0,1", "--timeout", "4"]
+    limited = [notebook, "--grid", "seed=0,1", "--timeout", "8"]
     assert main([*limited, "--out", str(tmp_path / "out")]) == 1
     assert "1 passed, 1 failed" in (printed := capsys.readouterr().out)
-    assert "TimeoutError: not finished after 4 s" in printed
-    assert time.monotonic() - start < 20 and not kernels(psutil.Process())
-    runs = [read(tmp_path / "out" / name) for name in folders(tmp_path / "out")]
-    assert {run["parameters"]["seed"]: run["seconds"] > 4 for run in runs} == {0: False, 1: True}
+    assert "TimeoutError: not finished after 8 s" in printed
+    assert time.monotonic() - start < 40 and not kernels(psutil.Process())
+    runs = {run["parameters"]["seed"]: run for run in
+            (read(tmp_path / "out" / name) for name in folders(tmp_path / "out"))}
+    assert {seed: run["status"] for seed, run in runs.items()} == {0: "passed", 1: "failed"}
+    assert runs[1]["seconds"] > 8
 
 
 @pytest.mark.parametrize("failures", [1, 2])
