@@ -171,11 +171,11 @@ class RecurrentBlock(nn.Module):
                              torch.zeros(config.codes, config.dim) if config.codes else None)
 
     def fixed(self, n_loops: int, like: Tensor):
-        """What the loops of a pass share: A, and the embedding of each of
+        """What the loops of a pass share: A, if there is a carry, and the embedding of each of
         `n_loops`, if there is one."""
         embedded = self.config.loop_embedding
         embedding = loop_embedding(n_loops, self.config.dim, like) if embedded else None
-        return self.injection.get_A(), embedding
+        return self.injection.get_A() if self.config.carry else None, embedding
 
     def step(self, h: Float[Tensor, "batch seq dim"], e: Float[Tensor, "batch seq dim"], t: int,
              ctx: Context, fixed=None):

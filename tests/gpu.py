@@ -79,7 +79,7 @@ def bench(out: Path) -> dict:
     code, seconds = run("-m", "pytest", "tests/bench/test_model_bench.py", "-q", "-k", "cuda", "-p",
                         "no:cacheprovider", MYTHOS_FIGURES=str(out))
     table = out / "bench_cuda.json"
-    rows = json.loads(table.read_text(encoding="utf-8"))["rows"] if table.exists() else []
+    rows = json.loads(table.read_text(encoding="utf-8"))[0]["rows"] if table.exists() else []
     return {"failed": [f"pytest ended with {code}"] * (code != 0), "seconds": seconds, "rows": rows}
 
 

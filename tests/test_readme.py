@@ -204,8 +204,8 @@ def bench_line(row):
 
 
 def bench_table():
-    """What docs/bench.md quotes of figures/bench.json."""
-    bench = figure("bench")
+    """What docs/bench.md quotes of the latest run in figures/bench.json."""
+    bench = figure("bench")[0]
     machine = bench["machine"]
     rates = ", ".join(f"{rate:.0f} GFLOP/s on {threads}"
                       for threads, rate in machine["GFLOP_per_second"].items())
@@ -214,6 +214,24 @@ def bench_table():
     where = (f"By `{machine['command']}` on {machine['cpu']}, {machine['threads']} threads "
              f"({rates}), torch {machine['torch']}:")
     return "\n".join([where, "", *head, *map(bench_line, bench["rows"])])
+
+
+def processors_table():
+    """What docs/bench.md quotes of every run in figures/bench.json: the rows that have a bar."""
+    runs = figure("bench")
+    names = [f"{run['machine']['cpu']}, commit {run['commit'][:7]}" for run in runs]
+    lines = [f"| work | bar | {' | '.join(names)} |", "|---|---" + "|---" * len(runs) + "|"]
+    for row in runs[0]["rows"]:
+        if row["bar"] is None:
+            continue
+        same = [next((old for old in run["rows"] if old["work"] == row["work"]), None)
+                for run in runs]
+        in_seconds = row["ratio"] is None
+        cells = ["" if found is None else amount(found["ours"], row["unit"]) if in_seconds
+                 else f"{found['ratio']:.2f}" for found in same]
+        bar = amount(row["bar"], row["unit"]) if in_seconds else f"{row['bar']:.2g}"
+        lines.append(f"| {row['work']} | {bar} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 LOOPING = ("settled, as in its recipe", "settled", "16 loops", "1 to 16 loops",
@@ -242,8 +260,9 @@ def test_training_without_loops_is_quoted():
     assert looping_table() in PAGES["docs/bench.md"], looping_table()
 
 
-def test_the_bench_is_quoted():
-    table = bench_table()
+@pytest.mark.parametrize("made", [bench_table, processors_table])
+def test_the_bench_is_quoted(made):
+    table = made()
     if table not in PAGES["docs/bench.md"]:
         pytest.fail("after `make bench` paste this into docs/bench.md, in place of the table "
                     f"there:\n\n{table}\n", pytrace=False)

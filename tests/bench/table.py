@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 
 import machine
 
-from mythos_core import figures
+from mythos_core import figures, provenance
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,15 @@ class Row:
 
 
 def write(rows: list[Row], device: str):
-    """bench.json, which docs/bench.md quotes, or bench_cuda.json; numbers to 4 digits."""
+    """bench.json, which docs/bench.md quotes, or bench_cuda.json; numbers to 4 digits. The first
+    table is this run's; those of other processors stay behind it."""
     def plain(row):
         return {key: float(f"{value:.4g}") if isinstance(value, float) else value
                 for key, value in row.items()}
-    table = {"machine": machine.description(device),
-             "rows": [{**plain(asdict(row)), "reached": row.reached} for row in rows]}
+    made = {"machine": machine.description(device), "commit": provenance.commit(),
+            "rows": [{**plain(asdict(row)), "reached": row.reached} for row in rows]}
     figures.folder().mkdir(parents=True, exist_ok=True)
-    content = json.dumps(table, indent=1) + "\n"
-    name = "bench.json" if device == "cpu" else f"bench_{device}.json"
-    (figures.folder() / name).write_text(content, encoding="utf-8")
+    path = figures.folder() / ("bench.json" if device == "cpu" else f"bench_{device}.json")
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    kept = [table for table in kept if table["machine"]["cpu"] != made["machine"]["cpu"]]
+    path.write_text(json.dumps([made, *kept], indent=1) + "\n", encoding="utf-8")
