@@ -4,6 +4,7 @@ import math
 import platform
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 aten = torch.ops.aten
+TURN = 0.1          # seconds that the turn of one side lasts, at least
 
 
 @contextmanager
@@ -29,6 +31,18 @@ def seconds(work) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
+
+
+def turn(work) -> tuple[Callable, int]:
+    """As many calls of `work` in a row as take at least `TURN` seconds, and how many those are. One
+    short call after another's work would find its weights and its cache gone from the processor's
+    caches, where they are when a model is used."""
+    calls = math.ceil(TURN / seconds(work))
+
+    def in_a_row():
+        for _ in range(calls):
+            work()
+    return in_a_row, calls
 
 
 @cache

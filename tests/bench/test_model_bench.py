@@ -111,11 +111,13 @@ def check(pair: Pair) -> float:
 
 
 def compare(benchmark, pair: Pair, rounds=ROUNDS, warm_up=2) -> tuple[list, list]:
-    """Milliseconds of the reference and of ours, in turns."""
-    theirs = []
-    benchmark.pedantic(pair.ours, setup=lambda: theirs.append(machine.seconds(pair.theirs)),
-                       rounds=rounds, warmup_rounds=warm_up)
-    return [1e3 * s for s in theirs[warm_up:]], [1e3 * s for s in benchmark.stats.stats.data]
+    """Milliseconds of a call of the reference and of ours, in turns."""
+    (theirs, their_calls), (ours, our_calls) = machine.turn(pair.theirs), machine.turn(pair.ours)
+    taken = []
+    benchmark.pedantic(ours, setup=lambda: taken.append(machine.seconds(theirs)), rounds=rounds,
+                       warmup_rounds=warm_up)
+    return ([1e3 * s / their_calls for s in taken[warm_up:]],
+            [1e3 * s / our_calls for s in benchmark.stats.stats.data])
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -47,8 +47,10 @@ PROVED = {"parity": "parity-extrapolating", **{name: f"state-{name}" for name in
 
 
 def medians(*works, runs=RUNS) -> list[float]:
-    """Milliseconds of each, in turns, after one turn that is not counted."""
-    taken = [[1e3 * machine.seconds(work) for work in works] for _ in range(runs + 1)]
+    """Milliseconds of a call of each, in turns, after one turn that is not counted."""
+    turns = [machine.turn(work) for work in works]
+    taken = [[1e3 * machine.seconds(calls) / number for calls, number in turns]
+             for _ in range(runs + 1)]
     return [statistics.median(times) for times in zip(*taken[1:])]
 
 
