@@ -188,15 +188,19 @@ def amount(value, unit):
             else f"{value:.3g} {unit}")
 
 
+def bar_of(row):
+    """What a row asks for: the least ratio, or without a reference the most seconds."""
+    return ("" if row["bar"] is None else amount(row["bar"], row["unit"]) if row["ratio"] is None
+            else f"{row['bar']:.2g}")
+
+
 def bench_line(row):
     """A row of figures/bench.json as a line of the table in docs/bench.md."""
     reference, ours, floor = (amount(row[key], row["unit"])
                               for key in ("reference", "ours", "floor"))
     spread = "" if row["low"] == row["high"] else f" ({row['low']:.2f} to {row['high']:.2f})"
     ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}{spread}"
-    bar = ("" if row["bar"] is None else amount(row["bar"], row["unit"]) if row["ratio"] is None
-           else f"{row['bar']:.2g}")
-    bar += "" if row["reached"] else ", not reached"
+    bar = bar_of(row) + ("" if row["reached"] else ", not reached")
     work = row["work"] + (f"; first calls {row['warm_up']:.0f} s" if row["warm_up"] else "")
     where = row["threads"] if row["device"] == "cpu" else row["device"]
     share = percent(row["floor"] / row["ours"]) if row["floor"] else ""
@@ -222,15 +226,12 @@ def processors_table():
     names = [f"{run['machine']['cpu']}, commit {run['commit'][:7]}" for run in runs]
     lines = [f"| work | bar | {' | '.join(names)} |", "|---|---" + "|---" * len(runs) + "|"]
     for row in runs[0]["rows"]:
-        if row["bar"] is None:
-            continue
-        same = [next((old for old in run["rows"] if old["work"] == row["work"]), None)
-                for run in runs]
-        in_seconds = row["ratio"] is None
-        cells = ["" if found is None else amount(found["ours"], row["unit"]) if in_seconds
-                 else f"{found['ratio']:.2f}" for found in same]
-        bar = amount(row["bar"], row["unit"]) if in_seconds else f"{row['bar']:.2g}"
-        lines.append(f"| {row['work']} | {bar} | {' | '.join(cells)} |")
+        if row["bar"] is not None:
+            found = [next((old for old in run["rows"] if old["work"] == row["work"]), None)
+                     for run in runs]
+            cells = ["" if one is None else amount(one["ours"], one["unit"]) if one["ratio"] is None
+                     else f"{one['ratio']:.2f}" for one in found]
+            lines.append(f"| {row['work']} | {bar_of(row)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
