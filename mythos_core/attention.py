@@ -4,7 +4,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from jaxtyping import Bool, Complex, Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mythos_core.cache import KVCache
@@ -22,7 +22,7 @@ class Context:
     """What all layers of one pass share, made once: where the tokens are, what they may see, what
     is remembered."""
 
-    rope: Complex[Tensor, "seq 1 pairs"] | None      # of `rope_table`
+    rope: Float[Tensor, "seq heads pairs 2"] | None  # of `rope_table`, for all heads that turn
     # for `few`: 0 where a query may attend, -inf where not; None = one query, or too many
     bias: Float[Tensor, "rows keys queries"] | None
     mask: Bool[Tensor, "1 seq keys"] | None  # for too many: True = may attend; None = plain causal
@@ -34,8 +34,8 @@ class Context:
         """The context of `seq` new tokens behind what `cache` holds; `like` gives device and
         dtype."""
         start = cache.length if cache is not None else 0
-        rope = (rope_table(start, seq, config.rope_dim, config.rope_theta, like) if config.rope
-                else None)
+        rope = (rope_table(start, seq, config.n_heads + config.kv_heads, config.rope_dim,
+                           config.rope_theta, like) if config.rope else None)
         if seq == 1 or sees_itself_alone(config) or (config.window is None and seq > SHORT
                                                      and not start):
             return cls(rope, None, None, cache)

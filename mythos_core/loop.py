@@ -79,7 +79,7 @@ class LTIInjection(nn.Module):
 
     def forward(self, h: Float[Tensor, "batch seq dim"], e: Float[Tensor, "batch seq dim"],
                 out: Float[Tensor, "batch seq dim"], A: Float[Tensor, "dim"]):
-        return torch.addcmul(torch.addcmul(out, self.B, e), A, h)
+        return torch.addcmul(out, self.B, e).addcmul_(A, h)
 
     def rest(self, e: Float[Tensor, "batch seq dim"], out: Float[Tensor, "batch seq dim"]):
         """The h that `forward` leaves as it is, (B * e + out) / (1 - A): where a strict loop's
@@ -103,7 +103,7 @@ class LoopLoRA(nn.Module):
     def forward(self, out: Float[Tensor, "batch seq dim"],
                 t: int) -> Float[Tensor, "batch seq dim"]:
         scale = self.scale.weight[min(t, self.scale.num_embeddings - 1)]
-        return out + (self.down(out) * scale) @ self.B
+        return ((self.down(out) * scale) @ self.B).add_(out)
 
 
 def previous(x: Float[Tensor, "batch seq width"], ctx: Context, layer: str, name: str,
@@ -186,7 +186,7 @@ class RecurrentBlock(nn.Module):
         seen = h
         if self.config.strict:
             seen = previous(h, ctx, layer, "state", self.config.stride, self.start)
-        z = self.norm(seen + e if embedding is None else seen + e + embedding[t])
+        z = self.norm(seen + e if embedding is None else (seen + e).add_(embedding[t]))
         if self.config.token_shift:
             here, there = z.chunk(2, -1)
             distance = self.config.shift_growth ** t

@@ -33,7 +33,7 @@ def plain_attention(q, k, v, scale, window=None):
 
 
 def test_rope_turns_pairs_and_only_the_distance_counts():
-    table = rope_table(0, 20, 8, 500.0, X)
+    table = rope_table(0, 20, 1, 8, 500.0, X)
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
     scores = (rotate(q.expand(1, 20, 1, 8), table).squeeze()
               @ rotate(k.expand(1, 20, 1, 8), table).squeeze().T)
@@ -42,7 +42,7 @@ def test_rope_turns_pairs_and_only_the_distance_counts():
         assert torch.allclose(along, along[:1].expand_as(along))
     assert torch.allclose(rotate(q.expand(1, 20, 1, 8), table).norm(dim=-1),
                           q.norm().expand(1, 20, 1))
-    assert torch.equal(rope_table(7, 5, 8, 500.0, X), table[7:12])
+    assert torch.equal(rope_table(7, 5, 1, 8, 500.0, X), table[7:12])
 
 
 def test_gqa_whose_groups_agree_is_multi_head_attention():
@@ -74,8 +74,8 @@ def test_mla_absorbed_equals_expanded(odd):
     k_nope, v = layer.kv_up(layer.kv_norm(latent)).view(2, 11, 4,
                                                         -1).split([c.qk_nope_head_dim,
                                                             c.v_head_dim], -1)
-    k_rope = rotate(k_rope.unsqueeze(2).contiguous(), ctx.rope).expand(2, 11, 4, -1)
-    q, k = (torch.cat([q_nope, rotate(q_rope.contiguous(), ctx.rope)], -1),
+    k_rope = rotate(k_rope.unsqueeze(2).contiguous(), ctx.rope[:, :1]).expand(2, 11, 4, -1)
+    q, k = (torch.cat([q_nope, rotate(q_rope.contiguous(), ctx.rope[:, 1:])], -1),
             torch.cat([k_nope, k_rope], -1))
     out = plain_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
                           q.shape[-1] ** -0.5)
