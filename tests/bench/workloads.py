@@ -1,6 +1,7 @@
 """The work that is timed. Each function gives a `Pair`: the same work by open-mythos 0.5.0 and by
 us, with the same weights; or by a strict model of ours in two ways."""
 import copy
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -196,14 +197,47 @@ def their_token(model, ids, n_loops):
     return torch.no_grad()(lambda: model(ids[:, -1:], n_loops, dict(cache), context))
 
 
+class EntryForEachLoop(KVCache):
+    """A strict model's cache as an ordinary loop needs it: loop t reads what loop t left of the
+    positions before, their state too."""
+
+    def __init__(self, n_loops: int):
+        super().__init__()
+        self.n_loops, self.calls = n_loops, Counter()
+
+    def begin(self, **made_for):
+        super().begin(**made_for)
+        self.calls.clear()
+
+    def extend(self, layer, name, x, keep=None):
+        if layer == "loop":
+            layer = f"loop.{self.calls[name]}"
+            self.calls[name] += 1
+            if self.calls[name] > self.n_loops:                  # how the last one ended is for one
+                return x                                         # that all share
+        return super().extend(layer, name, x, keep)
+
+
+@torch.inference_mode()
 def strict_cache(n_loops=16, context=512) -> tuple[int, int]:
-    """Bytes of keys and values of 8 strings with an entry for each of `n_loops`, as an ordinary
-    loop needs, and with a strict loop's one for all."""
-    each, one = KVCache(), KVCache()
-    ids = torch.randint(0, 256, (8, context))
-    ordinary = OpenMythos(tutorial_config("gqa", halting="none", max_seq_len=4096)).eval()
-    ordinary(ids, n_loops, each)
-    strict_model("gqa", "cpu")(ids, n_loops, one)
+    """Bytes of the cache of 8 strings behind a strict model, with an entry for each of `n_loops`
+    and with its one for all. Behind the first `n_loops` positions, read one by one, both have given
+    the same logits: so far do as many loops settle."""
+    model, ids = strict_model("gqa", "cpu"), torch.randint(0, 256, (8, context))
+    each, one = EntryForEachLoop(n_loops), KVCache()
+
+    def read(some):
+        each.begin(config=model.config, n_loops=n_loops, batch=len(ids))
+        ctx = model.context(some, each)
+        logits = model.decode(model.recurrent(model.encode(some, ctx), n_loops, ctx), ctx)
+        each.advance(some.shape[1])
+        return logits
+
+    for token in ids[:, :n_loops].split(1, 1):
+        torch.testing.assert_close(read(token), model(token, 1, one), atol=1e-5, rtol=1e-5)
+    read(ids[:, n_loops:])
+    model(ids[:, n_loops:], n_loops, one)
+    assert (len(each), len(one)) == (2 + n_loops, 3)
     return each.nbytes, one.nbytes
 
 
