@@ -78,9 +78,10 @@ def rope_table(start: int, length: int, heads: int, dim: int, theta: float,
 
 
 def rotate(x: Float[Tensor, "batch seq heads dim"],
-           table: Float[Tensor, "seq heads pairs 2"] | None
+           table: Float[Tensor, "seq most pairs 2"] | None
            ) -> Float[Tensor, "batch seq heads dim"]:
-    """Turn the pairs (x_2j, x_2j+1) by the table's angles; `table` None leaves x as it is (NoPE).
+    """Turn the pairs (x_2j, x_2j+1) by the angles of the table, which is for at least as many heads
+    as x has; None leaves x as it is (NoPE).
 
     A pair is read as a complex number where it lies, and turned by one product. So strides must be
     even, but for the last, which is 1. A compiler, which fuses real operations and no complex ones,
@@ -88,7 +89,7 @@ def rotate(x: Float[Tensor, "batch seq heads dim"],
     """
     if table is None:
         return x
-    pairs = x.to(table.dtype).unflatten(-1, (-1, 2))
+    pairs, table = x.to(table.dtype).unflatten(-1, (-1, 2)), table[:, :x.shape[2]]
     if torch.compiler.is_compiling():
         (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
         turned = torch.stack([a * cos - b * sin, a * sin + b * cos], -1)

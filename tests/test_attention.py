@@ -74,8 +74,8 @@ def test_mla_absorbed_equals_expanded(odd):
     k_nope, v = layer.kv_up(layer.kv_norm(latent)).view(2, 11, 4,
                                                         -1).split([c.qk_nope_head_dim,
                                                             c.v_head_dim], -1)
-    k_rope = rotate(k_rope.unsqueeze(2).contiguous(), ctx.rope[:, :1]).expand(2, 11, 4, -1)
-    q, k = (torch.cat([q_nope, rotate(q_rope.contiguous(), ctx.rope[:, 1:])], -1),
+    k_rope = rotate(k_rope.unsqueeze(2).contiguous(), ctx.rope).expand(2, 11, 4, -1)
+    q, k = (torch.cat([q_nope, rotate(q_rope.contiguous(), ctx.rope)], -1),
             torch.cat([k_nope, k_rope], -1))
     out = plain_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
                           q.shape[-1] ** -0.5)
