@@ -103,7 +103,7 @@ class LoopLoRA(nn.Module):
     def forward(self, out: Float[Tensor, "batch seq dim"],
                 t: int) -> Float[Tensor, "batch seq dim"]:
         scale = self.scale.weight[min(t, self.scale.num_embeddings - 1)]
-        return ((self.down(out) * scale) @ self.B).add_(out)
+        return out + (self.down(out) * scale) @ self.B
 
 
 def previous(x: Float[Tensor, "batch seq width"], ctx: Context, layer: str, name: str,

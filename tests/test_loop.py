@@ -127,6 +127,14 @@ def test_lora_reuses_its_last_row_and_rank_0_leaves_it_out():
     assert OpenMythos(tiny(lora_rank=0)).recurrent.lora is None
 
 
+def test_under_autocast_states_stay_float32():
+    """Products are bfloat16 there; what is added to them in place would become so."""
+    x, injection = torch.randn(2, 5, 8), LTIInjection(8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert LoopLoRA(8, 2, 3)(x, 1).dtype == torch.float32
+        assert injection(x, x, x.bfloat16(), injection.get_A()).dtype == torch.float32
+
+
 def test_loop_embedding_is_on_an_eighth_of_the_channels():
     emb = loop_embedding(4, 64, torch.zeros(1))
     angle = 3 / 10000 ** (torch.arange(4) / 4)
