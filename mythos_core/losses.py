@@ -59,18 +59,14 @@ def handing_on(common: Bool[Tensor, "batch seq"], label: Int[Tensor, "batch seq"
     return hand_on
 
 
-def center_loss(h: Float[Tensor, "batch seq dim"], label: Int[Tensor, "batch seq"], labels: int,
-                read: Float[Tensor, "batch seq"] | None = None) -> Float[Tensor, ""]:
+def center_loss(h: Float[Tensor, "batch seq dim"], label: Int[Tensor, "batch seq"], labels: int
+                ) -> Float[Tensor, ""]:
     """Mean squared distance of h from the batch's mean of its label, the machine's state, in units
     of the mean square of h (after the center loss of Wen et al. 2016): states that mean the same
-    come to be the same, which a code can then be. With `read`, 1 or 0, of the positions where it is
-    1; the others need a label of their own."""
+    come to be the same, which a code can then be."""
     h = h.flatten(0, 1)
     spread = (h - means_by(h, label.flatten(), labels)).square().sum(-1)
-    size = h.detach().square().sum(-1)
-    if read is not None:
-        spread, size = spread * read.flatten(), size * read.flatten()
-    return spread.mean() / size.mean()
+    return spread.mean() / h.detach().square().sum(-1).mean()
 
 
 def ponder(weight: Float[Tensor, "loops batch seq"]) -> Float[Tensor, ""]:

@@ -37,7 +37,7 @@ class Recipe:
     # last fraction of the steps, over which it falls to 0.01 lr; with a machine only if nothing
     # has been proved by then
     decay: float = 0.0
-    # shortest and longest string; a length is drawn uniformly for each step
+    # shortest and longest string; one length a step, by `training.schedule.draw`
     lengths: tuple[int, int] = (24, 24)
     # first fraction of the steps, over which the longest length grows from 3; the shortest is at
     # most that

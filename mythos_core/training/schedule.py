@@ -1,4 +1,4 @@
-"""What a step of a training draws, its string length and its loops, and at what rate it learns."""
+"""How long a step's strings are and how often it loops, and at what rate it learns."""
 import torch
 
 from mythos_core.recipes import Recipe
@@ -9,12 +9,18 @@ PATIENCE = 20       # attempts refused behind which it falls without one
 
 
 def draw(recipe: Recipe, step: int) -> tuple[int, int | None]:
-    """String length and loops of a step, from torch's default generator;
-    loops None: until settled."""
+    """String length and loops of a step; loops None: until settled.
+
+    A recipe with a machine takes its lengths in turn, shortest first, so that at any step all seeds
+    have strings of one length: several can be trained in one graph, without padding. Other lengths,
+    and loops, are drawn from torch's default generator.
+    """
     shortest, longest = recipe.lengths
     if recipe.curriculum:
         longest = max(3, min(longest, int(3 + step / recipe.steps / recipe.curriculum * longest)))
-    length = int(torch.randint(min(shortest, longest), longest + 1, ()))
+    shortest = min(shortest, longest)
+    length = (shortest + step % (longest + 1 - shortest) if recipe.machine is not None
+              else int(torch.randint(shortest, longest + 1, ())))
     if recipe.loops is None:
         return length, None
     fewest, most = recipe.loops

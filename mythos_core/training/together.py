@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call, vmap
 from tqdm.auto import tqdm
@@ -29,8 +28,8 @@ def train_together(recipe: Recipe | str, seeds: Sequence[int], device=None, prog
     """`train` by a machine's recipe with each of the seeds: the same steps to rounding, which adds
     up over a training.
 
-    Each seed draws its own lengths, strings and noise, as it does alone. Shorter strings are
-    padded, and what is padded is not scored. A seed that is finished leaves the stack.
+    Each seed draws its own strings and noise, as it does alone; their length is the step's. A seed
+    that is finished leaves the stack.
 
     Args:
         out: folder; what `train` writes of a seed is in its folder "seed-SEED".
@@ -116,24 +115,20 @@ def step_together(runs: Sequence[Run], optimizers: Sequence) -> list[dict]:
     """One optimiser step of each run, all after equally many; their losses and token accuracies."""
     step = len(runs[0].history)
     batches = [_drawn(run, optimizer) for run, optimizer in zip(runs, optimizers)]
-    longest = max(batch["ids"].shape[1] for batch in batches)
     labels = max(int(batch["label"].max()) for batch in batches) + 1
-    fill = {"ids": 1, "label": labels}                           # other things with 0
-    together = {name: torch.stack([_padded(batch[name], longest, fill.get(name, 0))
-                                   for batch in batches]) for name in batches[0]}
+    together = {name: torch.stack([batch[name] for batch in batches]) for name in batches[0]}
     fallen = any(falling(run) for run in runs)
 
     def loss_of(parameters, batch):
         h, logits = functional_call(model, parameters, (
             batch["ids"], batch["label"], batch.get("noise"), batch["common"]))
-        loss = mean_loss(logits.flatten(0, 1), batch["targets"].flatten(),
-                         batch["weight"].flatten())
+        weight = batch["weight"].flatten() if "weight" in batch else None
+        loss = mean_loss(logits.flatten(0, 1), batch["targets"].flatten(), weight)
         if fallen:
-            loss = loss + batch["center"] * center_loss(h, batch["label"], labels + 1,
-                                                        batch["read"])
+            loss = loss + batch["center"] * center_loss(h, batch["label"], labels)
         return loss, logits.argmax(-1)
 
-    model = _Settled(runs[0].model.eval(), labels + 1)
+    model = _Settled(runs[0].model.eval(), labels)
     named = [dict(run.model.named_parameters(prefix="model")) for run in runs]
     parameters = {name: torch.stack([of[name].detach() for of in named]).requires_grad_()
                   for name in named[0]}
@@ -144,8 +139,7 @@ def step_together(runs: Sequence[Run], optimizers: Sequence) -> list[dict]:
         for name, parameter in named[i].items():
             gradient = parameters[name].grad
             parameter.grad = None if gradient is None else gradient[i]
-        targets = batches[i]["targets"]
-        right = answers[i, :, :targets.shape[1]] == targets
+        right = answers[i] == batches[i]["targets"]
         rows.append({"step": step, **end_step(run, optimizer, step, losses[i], right)})
     return rows
 
@@ -164,22 +158,18 @@ class _Settled(nn.Module):
 
 def _drawn(run: Run, optimizer) -> dict[str, Tensor]:
     """What a run's next step draws and asks, (batch, seq) each but the noise and the factor
-    `center` of the center loss."""
+    `center` of the center loss; `noise` and `weight` only if the recipe has them."""
     recipe, step = run.recipe, len(run.history)
     begin_step(run, optimizer, step)
     length, _ = draw(recipe, step)
     ids, targets = recipe.make_batch(recipe.batch, length, strings=recipe.strings,
                                      device=run.model.embed.weight.device)
     noise, common = disturbance(recipe, ids)
-    every = torch.ones_like(ids, dtype=torch.float)
-    return {"ids": ids, "targets": targets, "label": numbered(recipe.machine.outcomes(ids))[0],
-            "weight": move_weights(recipe.machine, ids) if recipe.balanced else every,
-            "common": common, "read": every, **({} if noise is None else {"noise": noise}),
-            "center": torch.tensor(recipe.center_loss * falling(run), device=ids.device)}
-
-
-def _padded(value: Tensor, seq: int, fill: int) -> Tensor:
-    """A (batch, seq, ...) with what `fill` says behind it; a number as it is."""
-    if value.dim() < 2:
-        return value
-    return F.pad(value, (0, 0) * (value.dim() - 2) + (0, seq - value.shape[1]), value=fill)
+    batch = {"ids": ids, "targets": targets, "label": numbered(recipe.machine.outcomes(ids))[0],
+             "common": common,
+             "center": torch.tensor(recipe.center_loss * falling(run), device=ids.device)}
+    if noise is not None:
+        batch["noise"] = noise
+    if recipe.balanced:
+        batch["weight"] = move_weights(recipe.machine, ids)
+    return batch
