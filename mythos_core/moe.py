@@ -76,8 +76,8 @@ class MoE(nn.Module):
         c = self.config
         logits = self.router(x)  # (B, S, E)
         ids = (logits + self.router_bias).topk(c.n_experts_per_tok, -1).indices  # (B, S, k)
-        # softmax over the chosen = softmax over all, renormalised
-        gates = logits.gather(-1, ids).softmax(-1)
+        # (B, S, E), 0 for those not chosen: softmax over the chosen = over all, renormalised
+        gates = (logits + torch.full_like(logits, -torch.inf).scatter(-1, ids, 0.0)).softmax(-1)
         if self.training and c.balance_rate:
             self.load += _count(ids, c.n_experts)
         if self.training and c.balance_loss:
@@ -85,7 +85,7 @@ class MoE(nn.Module):
             self._imbalances.append(
                 c.n_experts * (share * logits.softmax(-1).mean((0, 1))).sum())
         out = (self._grouped(x.flatten(0, 1), ids, gates).view_as(x) if self._groups(x)
-               else self._dense(x, ids, gates))
+               else self._dense(x, gates))
         for expert in self.shared:
             out = out + expert(x)
         return out, ids
@@ -103,20 +103,18 @@ class MoE(nn.Module):
         known = known and x.dtype != torch.float64 and x.device.type in ("cpu", "cuda")
         return cheaper and known and (self.training or not c.strict)
 
-    def _dense(self, x, ids, gates):
+    def _dense(self, x, gates):
         """Every expert on every token, the gates of those not chosen being 0: two large
         products."""
         gate, up = F.linear(x, self.gate_up.flatten(0, 2)).chunk(2, -1)  # (B, S, E * expert_dim)
-        weight = gates.new_zeros(*x.shape[:-1], self.config.n_experts)
-        weight = weight.scatter(-1, ids, gates).unsqueeze(-1)  # (B, S, E, 1)
-        hidden = (F.silu(gate) * up).unflatten(-1, (self.config.n_experts, -1)) * weight
-        return hidden.flatten(-2) @ self.down.flatten(0, 1)
+        hidden = (F.silu(gate) * up).unflatten(-1, (self.config.n_experts, -1))
+        return (hidden * gates.unsqueeze(-1)).flatten(-2) @ self.down.flatten(0, 1)
 
     def _grouped(self, x, ids, gates):
         """Token copies sorted by expert, then grouped products: only the chosen experts are
         computed. All gates' and all ups' are one, for which the copies are there twice: that costs
         less than the gradients of two products, which would be put together anew."""
-        order = ids.flatten().argsort(stable=True)
+        order, gates = ids.flatten().argsort(stable=True), gates.gather(-1, ids)
         token = order // self.config.n_experts_per_tok
         ends = _count(ids, self.config.n_experts).cumsum(0, dtype=torch.int32)
         # autocast does not know this product
