@@ -38,6 +38,7 @@ def furthest(a, b):
 
 @pytest.mark.parametrize("recipe", [
     recipe_for(machine("S3")),                                   # covering strings
+    recipe_for(machine("A5")),                    # batches meet different numbers of its states
     recipe_for(machine("regex:(ab)*c")),                         # touring ones, moves weighed
     recipe_for(machine("parity"), **{"config.stride": 3, "config.window": 3}),
     recipe_for(machine("parity"), **{"config.loop_noise": 0.0, "config.window": 4}),
