@@ -76,8 +76,10 @@ class _RMSNorm(torch.autograd.Function):
         # dx = scale (dy - x scale mean(x scale dy)), dy = weight * gradient
         along = gradient.to(scale.dtype) * x
         mean = (along @ weight).unsqueeze(-1).mul_(scale).mul_(scale)
-        across = (gradient * weight).addcmul_(x, mean, value=-1 / len(weight)).mul_(scale)
-        return across, scale.flatten() @ along.flatten(0, -2), None
+        of_weight = scale.flatten() @ along.flatten(0, -2)
+        across = torch.mul(gradient, weight, out=along)  # in memory that is at hand
+        across.addcmul_(x, mean, value=-1 / len(weight)).mul_(scale)
+        return across, of_weight, None
 
 
 def rope_table(start: int, length: int, heads: int, dim: int, theta: float,
