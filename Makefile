@@ -32,10 +32,10 @@ tutorial: $(VENV)/installed
 # Notebooks first: by itself xdist begins with the files of most tests, and ends with one worker at a notebook that trains.
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder notebooks tests \
-	    --ignore tests/browser --ignore tests/test_colab.py $(NBVAL) -m "not training and not wheel"
+	    --ignore tests/browser --ignore tests/notebooks/test_colab.py $(NBVAL) -m "not training and not wheel"
 
 test-notebooks: $(VENV)/installed
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/test_notebooks.py notebooks $(NBVAL)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/notebooks/test_notebooks.py notebooks $(NBVAL)
 
 # What trains, under other arithmetics that this processor can do; ONLY=NAME for one of them, FILES=... for some tests.
 test-arithmetics: $(VENV)/installed
@@ -45,10 +45,10 @@ test-browser: site
 	$(BIN)/python -m pytest tests/browser
 
 test-colab: $(VENV)/installed
-	$(BIN)/python -m pytest tests/test_colab.py
+	$(BIN)/python -m pytest tests/notebooks/test_colab.py
 
 test-wheel: $(VENV)/installed
-	$(BIN)/python -m pytest tests/test_wheel.py
+	$(BIN)/python -m pytest tests/house/test_wheel.py
 
 # The oldest of everything that requirements.txt allows; `make test-floors PYTHON=python3.10` for the oldest Python too.
 test-floors: build/floors.txt
@@ -99,6 +99,7 @@ publish: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 
 clean:
 	rm -rf .venv build

@@ -8,8 +8,9 @@ import torch
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Rectangle
 from matplotlib.path import Path
 
-from mythos_core import OpenMythos, figures, parity
-from mythos_core.config import tutorial_config
+from mythos_core import OpenMythos, figures
+from mythos_core.model.config import tutorial_config
+from mythos_core.tasks import parity
 
 NAME = "parity-extrapolating"
 INK, QUIET, TINT, FILL = "#222222", "#5f5f5f", "#E6F1F8", figures.COLOURS["extrapolating"]

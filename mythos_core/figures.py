@@ -8,7 +8,7 @@ import networkx as nx
 import numpy as np
 import torch
 
-from mythos_core.machines import Machine
+from mythos_core.tasks.machines import Machine
 
 #: Okabe and Ito's colour-blind safe palette (and Tol's wine), one colour for one thing in every
 #: notebook.

@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mythos_core.config import MythosConfig
-from mythos_core.model import OpenMythos
+from mythos_core.model.config import MythosConfig
+from mythos_core.model.model import OpenMythos
 
 COMPONENTS = {  # first match wins
     "recurrent.block.ffn.shared": "shared experts", "recurrent.block.ffn.router": "router",

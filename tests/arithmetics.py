@@ -20,7 +20,7 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 NOTEBOOKS = ("03_spectral_stability", "04_training", "05_depth_extrapolation", "09_state_tracking",
              "10_text")
-FILES = [TESTS / "test_certificate.py", TESTS / "test_strict.py",
+FILES = [TESTS / "proof" / "test_certificate.py", TESTS / "model" / "test_strict.py",
          *(TESTS.parent / "notebooks" / f"{name}.ipynb" for name in NOTEBOOKS)]
 
 #: ATEN_CPU_CAPABILITY is for torch's own loops. MKL makes most matrix products: MKL_CBWR acts on
@@ -51,8 +51,8 @@ def environment(setting: dict[str, str]) -> dict[str, str]:
 
 def trained() -> str:
     """A checksum of the weights after 20 steps of training, in this process."""
-    from mythos_core.recipes import get_recipe
     from mythos_core.training import train
+    from mythos_core.training.recipes import get_recipe
     model = train(replace(get_recipe("parity-carrying"), steps=20), progress=False).model
     weights = b"".join(tensor.numpy().tobytes() for tensor in model.state_dict().values())
     return sha256(weights).hexdigest()[:12]

@@ -9,8 +9,9 @@ jaxtyping.install_import_hook("mythos_core", "beartype.beartype")
 
 import peer  # noqa: E402
 
-from mythos_core import MythosConfig, moe  # noqa: E402
-from mythos_core.config import tutorial_config  # noqa: E402
+from mythos_core import MythosConfig  # noqa: E402
+from mythos_core.model import moe  # noqa: E402
+from mythos_core.model.config import tutorial_config  # noqa: E402
 
 moe.SORTING = 0  # the tests' small models sort their tokens by expert, as large ones do
 # timed without those checks: it has its own pytest.ini, below which this file is not read
@@ -25,7 +26,7 @@ def seeded():
 @pytest.fixture(scope="module")
 def without_shape_checks():
     """For files that train or prove for most of their time, a third of which the checks would
-    take. tests/test_shapes.py has a step of each such work with them."""
+    take. tests/model/test_shapes.py has a step of each such work with them."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)

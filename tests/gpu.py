@@ -33,9 +33,9 @@ def run(*command, **environment) -> tuple[int, float]:
 
 
 def tests(out: Path, device: str, workers: int) -> dict:
-    """tests/test_device.py on the device."""
+    """tests/model/test_device.py on the device."""
     report = out / "tests.xml"
-    _, seconds = run("-m", "pytest", "tests/test_device.py", "-q", "-n", workers, "-p",
+    _, seconds = run("-m", "pytest", "tests/model/test_device.py", "-q", "-n", workers, "-p",
                      "no:cacheprovider", f"--junitxml={report}", MYTHOS_DEVICE=device,
                      OMP_NUM_THREADS="1", **REPEATABLE)
     return {**read(report), "seconds": seconds}

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from mythos_core import OpenMythos
-from mythos_core.config import tutorial_config
+from mythos_core.model.config import tutorial_config
 
 
 def one_of_two(rank: int, folder: Path):

@@ -3,8 +3,7 @@ import torch
 from conftest import tiny
 
 from mythos_core import OpenMythos
-from mythos_core.config import VARIANTS, tutorial_config
-from mythos_core.parity import make_batch
+from mythos_core.model.config import VARIANTS, tutorial_config
 from mythos_core.probes import (
     DepthSweep,
     active_parameters,
@@ -19,6 +18,7 @@ from mythos_core.probes import (
     parameters_by_component,
     state_norms,
 )
+from mythos_core.tasks.parity import make_batch
 
 IDS, TARGETS = make_batch(4, 9, torch.Generator().manual_seed(0))
 

@@ -28,8 +28,8 @@ class Job(NamedTuple):
 
 def core_hash() -> str:
     """Of the code of this package, the published configurations and the study's variants."""
-    files = [*sorted(CORE.rglob("*.py")), CORE / "published.json",
-             CORE / "results" / "variants.json"]
+    files = [*sorted(CORE.rglob("*.py")), CORE / "model" / "published.json",
+             CORE / "study" / "variants.json"]
     return _hash(*(file.read_bytes() for file in files))
 
 

@@ -8,9 +8,9 @@ from mythos_core.batch.run import execute
 
 
 def report(out: Path):
-    """Table, summary and index of the runs in a folder, by mythos_core/report.ipynb."""
+    """Table, summary and index of the runs in a folder, by mythos_core/batch/report.ipynb."""
     about = {"parameters": {"out": str(out)}}
-    error, _ = execute(Job(CORE / "report.ipynb", out, 0, about), out)
+    error, _ = execute(Job(CORE / "batch" / "report.ipynb", out, 0, about), out)
     print((out / "stdout.txt").read_text(encoding="utf-8"), end="")
     print(f"no report: {error}" if error else f"report in {out / 'index.html'}")
 

@@ -1,7 +1,7 @@
 """The study behind notebooks 05 to 09: the recipe, every ingredient taken away or put back alone,
 several seeds. Here are its variants, its rows and its strings; the other modules say what is
-measured of each. A run of it is mythos_core/study.ipynb, which trains one variant with one seed and
-measures it; `mythos_core.batch` runs the grid of them (see docs/results.md)."""
+measured of each. A run of it is study.ipynb beside this file, which trains one variant with one
+seed and measures it; `mythos_core.batch` runs the grid of them (see docs/results.md)."""
 import json
 import re
 from dataclasses import replace
@@ -13,13 +13,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mythos_core.machines import machine
-from mythos_core.parity import make_batch
-from mythos_core.recipes import Recipe, get_recipe, recipe_for
-from mythos_core.tasks import task
+from mythos_core.tasks.machines import machine
+from mythos_core.tasks.parity import make_batch
+from mythos_core.tasks.unbounded import task
+from mythos_core.training.recipes import Recipe, get_recipe, recipe_for
 
-RESULTS = Path(__file__).parent.parent / "results"
-_file = json.loads((RESULTS / "variants.json").read_text(encoding="utf-8"))
+RESULTS = Path(__file__).parent / "results"
+SHARED = {"recipe", "versions"}   # fields of a row that many rows of a file have in common
+_file = json.loads(Path(__file__).with_name("variants.json").read_text(encoding="utf-8"))
 #: From the article's recipe to the working one, one step after the other; each step keeps those
 #: before it.
 STEPS: dict[str, dict] = _file["steps"]
@@ -56,12 +57,34 @@ def variant(name: str) -> Recipe:
     return replace(recipe, **outer, config=replace(recipe.config, **inner))
 
 
+def pack(rows: list[dict]) -> str:
+    """Rows as `results` has them, one a line: what many of them share stands once in the file, and
+    a row has its number there."""
+    shared: dict[str, list] = {name: [] for name in sorted(SHARED)}
+    lines = []
+    for row in rows:
+        for name in sorted(SHARED & row.keys()):
+            if row[name] not in shared[name]:
+                shared[name].append(row[name])
+        lines.append(json.dumps({name: shared[name].index(value) if name in SHARED else value
+                                 for name, value in row.items()}))
+    heads = [f'"{name}": [\n' + ",\n".join(map(json.dumps, values)) + "\n],"
+             for name, values in shared.items()]
+    return "\n".join(["{", *heads, '"rows": [\n' + ",\n".join(lines) + "\n]}", ""])
+
+
+def unpack(file: Path) -> list[dict]:
+    """The rows of a file that `pack` wrote, each whole again, in the file's order."""
+    packed = json.loads(file.read_text(encoding="utf-8"))
+    return [{name: packed[name][value] if name in SHARED else value for name, value in row.items()}
+            for row in packed["rows"]]
+
+
 def load(file: Path) -> list[dict]:
-    """The rows of a batch's results.json, in the order of `VARIANTS` and of what is `MEASURED`
-    besides, then of seeds."""
-    rows = json.loads(file.read_text(encoding="utf-8"))
+    """`unpack`'s rows in the order of `VARIANTS` and of what is `MEASURED` besides, then of
+    seeds."""
     order = [*VARIANTS, *chain(*MEASURED.values())]
-    return sorted(rows, key=lambda row: (order.index(row["variant"]), row["seed"]))
+    return sorted(unpack(file), key=lambda row: (order.index(row["variant"]), row["seed"]))
 
 
 def fresh_strings(length: int, strings: int = 16) -> Int[Tensor, "strings length"]:

@@ -4,11 +4,11 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from mythos_core.model import OpenMythos
-from mythos_core.parity import answers
+from mythos_core.model.model import OpenMythos
 from mythos_core.probes import halting_map
 from mythos_core.study import fresh_strings
 from mythos_core.study.parity import LOOPS, right
+from mythos_core.tasks.parity import answers
 from mythos_core.training import Run
 
 #: Rules to stop by, and the settings tried: loops in a row with one answer, at most this KL

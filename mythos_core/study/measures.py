@@ -6,10 +6,9 @@ from types import SimpleNamespace
 import torch
 
 from mythos_core import study
-from mythos_core.peers import peer_row
-from mythos_core.reference import reference_row
 from mythos_core.study.exits import exits_row
 from mythos_core.study.parity import accuracy_row, experts_row, generation_row, reach_row
+from mythos_core.study.peers import peer_row
 from mythos_core.study.proofs import (
     check_arithmetic,
     far_row,
@@ -17,6 +16,7 @@ from mythos_core.study.proofs import (
     looping_row,
     proof_row,
 )
+from mythos_core.study.reference import reference_row
 from mythos_core.study.states import states_row, train_gru
 from mythos_core.training import NotProved, Run, train
 

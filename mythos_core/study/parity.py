@@ -6,8 +6,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from mythos_core.model import OpenMythos
-from mythos_core.parity import answers, continuation, make_batch, structured
+from mythos_core.model.model import OpenMythos
 from mythos_core.probes import (
     depth_sweep,
     expert_load,
@@ -15,9 +14,10 @@ from mythos_core.probes import (
     logits_after,
     max_violation,
 )
-from mythos_core.recipes import Recipe
 from mythos_core.study import fresh_strings
+from mythos_core.tasks.parity import answers, continuation, make_batch, structured
 from mythos_core.training import Run
+from mythos_core.training.recipes import Recipe
 
 # loops given to strings of each length; a scan gets 2 log2(length)
 LOOPS = {16: 32, 64: 96, 256: 300, 512: 600, 1024: 1100}

@@ -6,17 +6,18 @@ from itertools import product
 
 import torch
 
-from mythos_core.automaton import NOT_ASKED
-from mythos_core.cache import KVCache
-from mythos_core.certificate import certify
-from mythos_core.closure import Closure
-from mythos_core.machines import Machine
-from mythos_core.model import OpenMythos
-from mythos_core.recipes import Recipe
-from mythos_core.tasks import task
-from mythos_core.training import NotProved, Run, begin
+from mythos_core.model.cache import KVCache
+from mythos_core.model.model import OpenMythos
+from mythos_core.proof.certificate import certify
+from mythos_core.proof.closure import Closure
+from mythos_core.tasks.automaton import NOT_ASKED
+from mythos_core.tasks.machines import Machine
+from mythos_core.tasks.unbounded import task
+from mythos_core.training import NotProved, Run
+from mythos_core.training.recipes import Recipe
 from mythos_core.training.schedule import CERTIFY_EVERY
 from mythos_core.training.step import take_step
+from mythos_core.training.trainer import begin
 
 #: What a row may be of: the environment's settings that make a processor round in another way.
 ARITHMETICS = {"native": {}, "default": {"ATEN_CPU_CAPABILITY": "default"},

@@ -7,14 +7,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mythos_core.groups import group
-from mythos_core.model import OpenMythos
-from mythos_core.parity import structured
-from mythos_core.peers import GRU, fit
+from mythos_core.model.model import OpenMythos
 from mythos_core.probes import depth_sweep
-from mythos_core.recipes import Recipe
 from mythos_core.study.parity import loops_for
+from mythos_core.study.peers import GRU, fit
+from mythos_core.tasks.groups import group
+from mythos_core.tasks.parity import structured
 from mythos_core.training import Run
+from mythos_core.training.recipes import Recipe
 
 
 def patterns(recipe: Recipe, length: int) -> dict[str, Int[Tensor, "one seq"]]:

@@ -12,11 +12,13 @@ from pathlib import Path
 import torch
 
 from mythos_core import figures
-from mythos_core.machines import machine
-from mythos_core.model import OpenMythos
-from mythos_core.recipes import RECIPES, Recipe, get_recipe, recipe_for
-from mythos_core.training import NotProved, Run, check, take_step, train
+from mythos_core.model.model import OpenMythos
+from mythos_core.tasks.machines import machine
+from mythos_core.training.recipes import RECIPES, Recipe, get_recipe, recipe_for
+from mythos_core.training.run import NotProved, Run
+from mythos_core.training.step import take_step
 from mythos_core.training.together import train_together
+from mythos_core.training.trainer import check, train
 
 
 def pace(recipe: Recipe, device=None) -> float:

@@ -1,9 +1,9 @@
 """What a training is made of as it goes: its recipe, seed, model, and a row for each step."""
 from dataclasses import dataclass, field
 
-from mythos_core.certificate import Certificate
-from mythos_core.model import OpenMythos
-from mythos_core.recipes import Recipe
+from mythos_core.model.model import OpenMythos
+from mythos_core.proof.certificate import Certificate
+from mythos_core.training.recipes import Recipe
 from mythos_core.training.schedule import fall
 
 

@@ -1,7 +1,7 @@
 """How long a step's strings are and how often it loops, and at what rate it learns."""
 import torch
 
-from mythos_core.recipes import Recipe
+from mythos_core.training.recipes import Recipe
 
 CERTIFY_EVERY = 10  # steps between attempts at a proof, once the batches are answered right
 LEAST_FALL = 50     # steps over which the learning rate falls behind a proof, at least

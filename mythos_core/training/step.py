@@ -3,8 +3,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mythos_core.automaton import NOT_ASKED
-from mythos_core.losses import (
+from mythos_core.model.model import OpenMythos
+from mythos_core.tasks.automaton import NOT_ASKED
+from mythos_core.training.losses import (
     bits,
     center_loss,
     handing_on,
@@ -13,8 +14,7 @@ from mythos_core.losses import (
     numbered,
     ponder,
 )
-from mythos_core.model import OpenMythos
-from mythos_core.recipes import Recipe
+from mythos_core.training.recipes import Recipe
 from mythos_core.training.run import Run, falling
 from mythos_core.training.schedule import draw, fall, learning_rate
 

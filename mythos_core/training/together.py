@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 from tqdm.auto import tqdm
 
-from mythos_core import training
-from mythos_core.checkpoint import save, whole_steps
-from mythos_core.losses import center_loss, mean_loss, move_weights, numbered
-from mythos_core.recipes import Recipe, get_recipe
+from mythos_core.training import trainer
+from mythos_core.training.checkpoint import save, whole_steps
+from mythos_core.training.losses import center_loss, mean_loss, move_weights, numbered
+from mythos_core.training.recipes import Recipe, get_recipe
 from mythos_core.training.run import NotProved, Run, falling, finished
 from mythos_core.training.schedule import draw
 from mythos_core.training.step import begin_step, disturbance, end_step, settled
@@ -48,7 +48,7 @@ def train_together(recipe: Recipe | str, seeds: Sequence[int], device=None, prog
     _check(recipe, seeds, device)
     checkpoints = [Path(out, f"seed-{seed}", "checkpoint.pt") if out else None for seed in seeds]
     with torch.random.fork_rng():
-        started = [training.begin(recipe, seed, device, checkpoint, resume)
+        started = [trainer.begin(recipe, seed, device, checkpoint, resume)
                    for seed, checkpoint in zip(seeds, checkpoints)]
         stack = [(*both, checkpoint) for both, checkpoint in zip(started, checkpoints)]
         with whole_steps(checkpoints[0]) as stopped:
@@ -60,7 +60,7 @@ def _check(recipe: Recipe, seeds, device):
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds = {seeds}: must be at least one, each once")
     for seed in seeds:
-        training.check(recipe, seed, device)
+        trainer.check(recipe, seed, device)
     config = recipe.config
     if recipe.machine is None or recipe.loops is not None or recipe.reach:
         raise ValueError(f"recipe {recipe.name!r}: must have a machine, and loops and reach None")
@@ -84,9 +84,9 @@ def _loop(recipe: Recipe, stack: list[tuple], progress: bool, stopped: list):
         while stack:
             runs, optimizers, _ = zip(*stack)
             rows = step_together(runs, optimizers)
-            shown = [training.note(run, row, start) for run, row in zip(runs, rows)]
+            shown = [trainer.note(run, row, start) for run, row in zip(runs, rows)]
             stack = _leave(stack)
-            if stopped or rows[0]["step"] % training.SAVE_EVERY == training.SAVE_EVERY - 1:
+            if stopped or rows[0]["step"] % trainer.SAVE_EVERY == trainer.SAVE_EVERY - 1:
                 _save(stack)
             if stopped and stack:
                 raise KeyboardInterrupt
@@ -101,7 +101,7 @@ def _leave(stack):
     for run, optimizer, checkpoint in stack:
         if finished(run):
             with suppress(NotProved):                            # the certificate says it
-                training.end(run, optimizer, checkpoint)
+                trainer.end(run, optimizer, checkpoint)
     return [one for one in stack if not finished(one[0])]
 
 

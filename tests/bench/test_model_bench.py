@@ -32,11 +32,11 @@ from workloads import (
 )
 
 from mythos_core import OpenMythos
-from mythos_core.certificate import certify
-from mythos_core.config import parity_config
-from mythos_core.machines import machine as machine_of
-from mythos_core.recipes import recipe_for
+from mythos_core.model.config import parity_config
+from mythos_core.proof.certificate import certify
+from mythos_core.tasks.machines import machine as machine_of
 from mythos_core.training import train
+from mythos_core.training.recipes import recipe_for
 from mythos_core.training.together import train_together
 
 ROUNDS = 21

@@ -12,9 +12,9 @@ from matplotlib.ticker import LogLocator
 from workloads import NEVER, decode, forward, machine_step, mixture, training_step
 
 from mythos_core import KVCache, OpenMythos, figures
-from mythos_core.certificate import certify
-from mythos_core.machines import machine as machine_of
-from mythos_core.parity import make_batch
+from mythos_core.proof.certificate import certify
+from mythos_core.tasks.machines import machine as machine_of
+from mythos_core.tasks.parity import make_batch
 
 RUNS = 5
 run_all = partial(forward, "cpu", loops=4, halt_bias=NEVER)

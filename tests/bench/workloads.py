@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 
 from mythos_core import KVCache, OpenMythos, from_open_mythos
-from mythos_core.config import parity_config, tutorial_config
-from mythos_core.machines import machine as machine_of
-from mythos_core.parity import make_batch
-from mythos_core.recipes import get_recipe, recipe_for
-from mythos_core.training import begin, take_step
+from mythos_core.model.config import parity_config, tutorial_config
+from mythos_core.tasks.machines import machine as machine_of
+from mythos_core.tasks.parity import make_batch
+from mythos_core.training.recipes import get_recipe, recipe_for
+from mythos_core.training.step import take_step
 from mythos_core.training.together import step_together
+from mythos_core.training.trainer import begin
 
 FLOAT = 4           # bytes
 # a bias of the halting unit at which no position halts within 16 loops; far lower ones make

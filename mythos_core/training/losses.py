@@ -1,0 +1,77 @@
+"""What a training minimises, and the means that states are handed on as."""
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mythos_core.tasks.automaton import Machine
+
+
+def mean_loss(logits: Float[Tensor, "n vocab"], targets: Int[Tensor, "n"],
+              weight: Float[Tensor, "n"] | None) -> Float[Tensor, ""]:
+    """Mean cross-entropy, or with weights the weighted mean."""
+    if weight is None:
+        return F.cross_entropy(logits, targets)
+    return (F.cross_entropy(logits, targets, reduction="none") * weight).sum() / weight.sum()
+
+
+def bits(logits: Float[Tensor, "*positions vocab"],
+         targets: Int[Tensor, "*positions"]) -> Float[Tensor, "*positions"]:
+    """-log2 softmax(logits)[target], for each position."""
+    return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(),
+                           reduction="none").view(targets.shape) / math.log(2)
+
+
+def move_weights(machine: Machine, ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq"]:
+    """1 over how often the batch has a position's move, its state before and its letter: so weighed
+    each move that is met counts the same, however rare."""
+    move = machine.moves(ids)
+    return 1.0 / move.flatten().bincount()[move]
+
+
+def numbered(label: Int[Tensor, "*shape"]) -> tuple[Int[Tensor, "*shape"], int]:
+    """The labels that there are numbered from 0 on, and how many they are."""
+    values, number = label.unique(return_inverse=True)
+    return number, len(values)
+
+
+def means_by(h: Float[Tensor, "n dim"], label: Int[Tensor, "n"],
+             labels: int) -> Float[Tensor, "n dim"]:
+    """In each row the mean of the rows with its label, of 0 .. `labels` - 1."""
+    sums = h.new_zeros(labels, h.shape[1]).index_add(0, label, h)
+    count = h.new_zeros(labels).index_add(0, label, torch.ones_like(h[:, 0]))
+    return (sums / count.clamp(min=1).unsqueeze(1))[label]
+
+
+def handing_on(common: Bool[Tensor, "batch seq"], label: Int[Tensor, "batch seq"],
+               labels: int) -> Callable:
+    """What positions read in place of the states before them, as `StrictBlock.settle` asks for
+    it: where `common`, the mean of a position's states with their label. So it will be once states
+    are rounded."""
+    def hand_on(h: Tensor, position: int) -> Tensor:                 # (batch, some, dim)
+        here = slice(position, position + h.shape[1])
+        means = means_by(h.flatten(0, 1), label[:, here].flatten(), labels).view_as(h)
+        return torch.where(common[:, here].unsqueeze(-1), means, h)
+
+    return hand_on
+
+
+def center_loss(h: Float[Tensor, "batch seq dim"], label: Int[Tensor, "batch seq"], labels: int
+                ) -> Float[Tensor, ""]:
+    """Mean squared distance of h from the batch's mean of its label, the machine's state, in units
+    of the mean square of h (after the center loss of Wen et al. 2016): states that mean the same
+    come to be the same, which a code can then be."""
+    h = h.flatten(0, 1)
+    spread = (h - means_by(h, label.flatten(), labels)).square().sum(-1)
+    return spread.mean() / h.detach().square().sum(-1).mean()
+
+
+def ponder(weight: Float[Tensor, "loops batch seq"]) -> Float[Tensor, ""]:
+    """Graves' ponder cost N + R: the loops until a position halts, and the weight of the last of
+    them, which has the gradient."""
+    loops = torch.arange(1, len(weight) + 1, device=weight.device)[:, None, None]
+    stopped_at = ((weight > 0) * loops).amax(0)
+    return (stopped_at + weight.gather(0, (stopped_at - 1).clamp(min=0)[None])[0]).float().mean()

@@ -1,0 +1,192 @@
+"""Training by a recipe: with progress, interruptible, resumable to the same bits; and until it is
+proved, if the recipe says what the model is to be.
+"""
+import json
+import pickle
+import shlex
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from mythos_core.model.model import OpenMythos
+from mythos_core.proof.certificate import certify
+from mythos_core.provenance import commit
+from mythos_core.training.checkpoint import load, save, whole_steps
+from mythos_core.training.recipes import RECIPES, Recipe, get_recipe
+from mythos_core.training.run import NotProved, Run, finished
+from mythos_core.training.schedule import CERTIFY_EVERY, fall
+from mythos_core.training.step import held_out, take_step
+
+SAVE_EVERY = 100    # steps between checkpoints
+EVAL_EVERY = 50     # steps between looks at held-out strings
+
+
+def train(recipe: Recipe | str, seed: int = 0, device=None, progress: bool = True, out=None,
+          resume: bool = False) -> Run:
+    """Train a model by a recipe, or by the name of one.
+
+    All randomness of step i comes from (seed, i), so that a resumed run is the
+    uninterrupted one, bit for bit.
+
+    Args:
+        out: folder for checkpoint.pt (every 100 steps, at Ctrl-C and SIGTERM, at the end), and at
+            the end for the model, as `save_pretrained` writes it, history.json, and of a
+            proved model certificate.json.
+        resume: go on from `out`'s checkpoint, if there is one.
+
+    Raises:
+        FloatingPointError: the loss is not finite; names the step, and
+            the last good checkpoint stays.
+        KeyboardInterrupt: at Ctrl-C and SIGTERM, after the step that they came in.
+        NotProved: the recipe's steps are over before the certificate holds; the checkpoint stays.
+        OSError: naming a checkpoint that is damaged, or an `out` that cannot be a folder.
+        ValueError: unknown recipe or device, no steps, no seed, or a checkpoint of another
+            recipe or seed.
+    """
+    recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
+    check(recipe, seed, device)
+    checkpoint = Path(out) / "checkpoint.pt" if out else None
+    with torch.random.fork_rng():
+        run, optimizer = begin(recipe, seed, device, checkpoint, resume)
+        with whole_steps(checkpoint) as stopped:
+            _loop(run, optimizer, checkpoint, progress, stopped)
+    end(run, optimizer, checkpoint)
+    return run
+
+
+def begin(recipe: Recipe, seed: int, device, checkpoint: Path | None, resume: bool):
+    """A run before its first step, or where its checkpoint is, and its optimiser."""
+    if checkpoint:
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    run = Run(recipe, seed, OpenMythos(recipe.config).to(device))
+    optimizer = torch.optim.AdamW(run.model.parameters(), recipe.lr, recipe.betas,
+                                  weight_decay=recipe.weight_decay, fused=True)
+    if resume and checkpoint and checkpoint.exists():
+        load(checkpoint, run, optimizer)
+    return run, optimizer
+
+
+def end(run: Run, optimizer, checkpoint: Path | None):
+    """Conclude a run, and write what it leaves beside its checkpoint."""
+    run.model.eval()
+    if checkpoint:
+        save(checkpoint, run, optimizer)
+    if run.recipe.machine is not None:
+        _conclude(run)
+    if not checkpoint:
+        return
+    out = checkpoint.parent
+    run.model.save_pretrained(out, config={**vars(run.model.config),
+                                           "provenance": provenance(run)})
+    Path(out, "history.json").write_text(json.dumps(run.history), encoding="utf-8")
+    if run.certificate:
+        Path(out, "certificate.json").write_text(
+            json.dumps(run.certificate.summary(), indent=1) + "\n", encoding="utf-8")
+
+
+def check(recipe: Recipe, seed: int, device):
+    """ValueError for what no training could begin with, naming it."""
+    for name, value in {"steps": recipe.steps, "batch": recipe.batch}.items():
+        if value < 1:
+            raise ValueError(f"{name} = {value}: must be at least 1")
+    if not 0 <= seed < 2 ** 32:
+        raise ValueError(f"seed = {seed}: must be in 0 .. 2^32 - 1")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device = {device!r}: not one that can be used here: {reason}") from error
+
+
+def _conclude(run: Run):
+    """The proof of a finished run's model, and in the model's place the one that it is about."""
+    run.certificate = certify(run.model, run.recipe.machine)
+    if not run.certificate.proved:
+        raise NotProved(f"{run.recipe.name}, seed {run.seed}: not proved in "
+                        f"{len(run.history)} steps: {run.certificate.reason}", run)
+    run.model = run.certificate.model
+
+
+def train_all(jobs: list[tuple[Recipe | str, int]], progress: bool = True,
+              device=None) -> list[Run]:
+    """The runs of several (recipe, seed), in the order given: one for each of torch's
+    threads at a time, in fresh processes of one thread each, so that the numbers do not
+    depend on the machine's cores."""
+    workers = min(len(jobs), torch.get_num_threads())
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        runs = pool.map(partial(_train_alone, device=device), *zip(*jobs))
+        return [pickle.loads(run) for run in tqdm(runs, total=len(jobs), unit="run",
+                                                  disable=not progress)]
+
+
+def _train_alone(recipe: Recipe | str, seed: int, device) -> bytes:
+    """A run pickled: tensors as numbers, not as handles on memory that ends with this process."""
+    torch.set_num_threads(1)
+    return pickle.dumps(train(recipe, seed, device, progress=False))
+
+
+def provenance(run: Run) -> dict:
+    """Where a model comes from: the command that trains it again, the commit it was
+    trained at, and what it reached."""
+    recipe, name = run.recipe, shlex.quote(run.recipe.name)
+    what = (f"training --recipe {name}" if recipe.name in RECIPES
+            else f"training --machine {name}" if recipe.corpus is None
+            else f"study.language --arm {name} --corpus {shlex.quote(recipe.corpus.name)} "
+                 f"--dim {recipe.config.dim} --steps {recipe.steps}")
+    return {
+        "command": f"python -m mythos_core.{what} --seed {run.seed} --out DIR",
+        "recipe": run.recipe.as_dict() | {"config": "the fields beside this one"},
+        "seed": run.seed, "commit": commit(), "torch": torch.__version__,
+        "metrics": {"steps": len(run.history)} | {
+            name: run.history[-1][name] for name in ("loss", "accuracy", "held_out")}}
+
+
+def _loop(run: Run, optimizer, checkpoint, progress, stopped):
+    recipe, before = run.recipe, run.history[-1]["seconds"] if run.history else 0.0
+    start, shown = time.perf_counter() - before, {}
+    with tqdm(total=recipe.steps, initial=len(run.history), desc=f"{recipe.name} seed {run.seed}",
+              disable=not progress) as bar:
+        while not finished(run):
+            step = len(run.history)
+            row = {"step": step, **take_step(run, optimizer, step)}
+            shown |= note(run, row, start)
+            bar.set_postfix(loss=f"{row['loss']:.4f}", acc=f"{row['accuracy']:.2f}", **shown,
+                            refresh=False)
+            bar.update()
+            if checkpoint and (stopped or (step + 1) % SAVE_EVERY == 0):
+                save(checkpoint, run, optimizer)
+            if stopped:
+                raise KeyboardInterrupt
+
+
+def note(run: Run, row: dict, start: float) -> dict[str, str]:
+    """Append a step's row to the history, with a proof and a look at held-out strings where they
+    are due; what a progress bar shows of those. `start`: time.perf_counter() at the first step."""
+    run.history.append(row)
+    proof = _attempt(run, row)
+    shown = {"proof": proof} if proof else {}
+    row["seconds"] = time.perf_counter() - start
+    if len(run.history) % EVAL_EVERY == 0 or finished(run):
+        row |= {"held_out": held_out(run.model, run.recipe),
+                "router_bias": run.model.recurrent.block.ffn.router_bias.tolist()}
+        shown["whole" if run.recipe.corpus is None else "bits"] = f"{row['held_out']:.2f}"
+    return shown
+
+
+def _attempt(run: Run, row: dict) -> str:
+    """Try a proof after a step where that is due; what to show of it. In a fall
+    it is due at the end only."""
+    done, span = row["step"] + 1, fall(run.history)
+    falling = span is not None and done < span[1]
+    due = done % CERTIFY_EVERY == 0 and row["accuracy"] > 0.99 and not falling
+    if run.recipe.machine is None or not (due or (span and done == span[1])):
+        return ""
+    certificate = certify(run.model, run.recipe.machine)
+    row["proved"] = certificate.proved
+    return f"{certificate.contexts} contexts, {certificate.wrong} wrong"
