@@ -23,8 +23,8 @@ def use_house_style():
 
 def folder() -> Path:
     """Where figures go: $MYTHOS_FIGURES, or build/figures of the project."""
-    here = Path.cwd()
-    project = here.parent if here.name == "notebooks" else here
+    cwd = Path.cwd()
+    project = cwd.parent if cwd.name == "notebooks" else cwd
     return Path(os.environ.get("MYTHOS_FIGURES") or project / "build" / "figures")
 
 
@@ -65,15 +65,15 @@ def table_of_shares(ax, by_seed: dict[str, dict[str, list[float]]], title: str):
     the text the lowest and the highest in %, or the one number that they all are. Empty: no
     run."""
     columns = list(dict.fromkeys(name for row in by_seed.values() for name in row))
-    shown = np.full((len(by_seed), len(columns)), np.nan)
+    means = np.full((len(by_seed), len(columns)), np.nan)
     for y, row in enumerate(by_seed.values()):
         for x, name in enumerate(columns):
             if seeds := row.get(name):
-                shown[y, x] = np.mean(seeds)
+                means[y, x] = np.mean(seeds)
                 low, high = (f"{100 * share:.0f}" for share in (min(seeds), max(seeds)))
                 ax.text(x, y, low if low == high else f"{low}-{high}", ha="center", va="center",
-                        fontsize=7.5, color="white" if shown[y, x] < 0.5 else "black")
-    ax.imshow(shown, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+                        fontsize=7.5, color="white" if means[y, x] < 0.5 else "black")
+    ax.imshow(means, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     ax.set(title=title, xticks=range(len(columns)), yticks=range(len(by_seed)))
     ax.set_xticklabels(columns, fontsize=9)
     ax.set_yticklabels(by_seed, fontsize=9)
@@ -91,23 +91,24 @@ def draw_machine(machine: Machine, ax=None):
     size = 2.5 + 0.45 * min(len(machine), MOST_DRAWN)
     ax = ax or plt.subplots(figsize=(1.4 * size, size))[1]
     labels = {}
-    for state, (row, said) in enumerate(zip(machine.next_state.tolist(), machine.answer.tolist())):
-        for letter, (after, answer) in enumerate(zip(row, said)):
+    for state, (row, answers) in enumerate(zip(machine.next_state.tolist(),
+                                               machine.answer.tolist())):
+        for letter, (after, answer) in enumerate(zip(row, answers)):
             labels.setdefault((state, after), {}).setdefault(answer, []).append(letter)
     graph = nx.DiGraph(list(labels))
-    place = nx.circular_layout(sorted(graph))
-    bent = {"node_size": 420, "connectionstyle": "arc3,rad=0.12", "ax": ax}
-    nx.draw_networkx_edges(graph, place, edge_color="dimgrey", arrowsize=9, **bent)
+    layout = nx.circular_layout(sorted(graph))
+    curved = {"node_size": 420, "connectionstyle": "arc3,rad=0.12", "ax": ax}
+    nx.draw_networkx_edges(graph, layout, edge_color="dimgrey", arrowsize=9, **curved)
     for shape, nodes in (("s", [machine.start]), ("o", sorted(set(graph) - {machine.start}))):
-        nx.draw_networkx_nodes(graph, place, nodes, node_size=420, node_shape=shape, ax=ax,
+        nx.draw_networkx_nodes(graph, layout, nodes, node_size=420, node_shape=shape, ax=ax,
                                node_color="white", edgecolors=COLOURS["extrapolating"])
-    nx.draw_networkx_labels(graph, place, font_size=9, ax=ax)
+    nx.draw_networkx_labels(graph, layout, font_size=9, ax=ax)
     if len(machine) <= MOST_DRAWN:
         text = {edge: "\n".join(f"{_few(machine, letters)} / {answer}"
                                 for answer, letters in by_answer.items())
                 for edge, by_answer in labels.items()}
-        nx.draw_networkx_edge_labels(graph, place, text, font_size=7, rotate=False,
-                                     bbox={"color": "white", "pad": 0.2}, **bent)
+        nx.draw_networkx_edge_labels(graph, layout, text, font_size=7, rotate=False,
+                                     bbox={"color": "white", "pad": 0.2}, **curved)
     ax.set_title(machine.name)
     ax.set(xlim=(-1.3, 1.3), ylim=(-1.3, 1.3))
     ax.axis("off")

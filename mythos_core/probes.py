@@ -83,12 +83,12 @@ def cache_bytes(config: MythosConfig, tokens: int, n_loops: int, batch: int = 1,
     c = config
     latent = c.kv_lora_rank + c.qk_rope_head_dim * (c.n_heads if rope_key_per_head else 1)
     width = latent if c.attn_type == "mla" else 2 * c.n_kv_heads * (c.dim // c.n_heads)
-    held = tokens if c.window is None else min(tokens, c.window - 1)
+    cached = tokens if c.window is None else min(tokens, c.window - 1)
     shift = (sum(min(tokens, c.shift_growth ** t) for t in range(n_loops)) * c.dim // 2
              if c.token_shift else 0)
     entries, state = ((effective_depth(c, 1), min(tokens, c.stride) * c.dim) if c.strict
                       else (effective_depth(c, n_loops), 0))
-    return batch * itemsize * (entries * held * width + shift + state)
+    return batch * itemsize * (entries * cached * width + shift + state)
 
 
 def trajectory(model: OpenMythos, ids: Tensor, n_loops: int, start: Tensor | None = None):
@@ -137,9 +137,9 @@ def depth_sweep(model: OpenMythos, ids: Int[Tensor, "batch seq"],
     model.eval()(ids, n_loops,
                  observer=lambda record: correct.append(
                      model.decode(record.output, ctx).argmax(-1) == targets))
-    ran = len(correct)
-    correct += correct[-1:] * (n_loops - ran)
-    return DepthSweep(torch.stack(correct).cpu(), torch.arange(1, n_loops + 1).clamp(max=ran))
+    executed = len(correct)
+    correct += correct[-1:] * (n_loops - executed)
+    return DepthSweep(torch.stack(correct).cpu(), torch.arange(1, n_loops + 1).clamp(max=executed))
 
 
 @torch.no_grad()
@@ -245,7 +245,7 @@ def loop_spectrum(model: OpenMythos, ids: Int[Tensor, "one seq"], n_loops: int
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels cannot be differentiated in a vmap
         J = torch.func.jacrev(step, chunk_size=128)(h)[0, :, :, 0]   # (to, dim, from, dim)
     J = J.cpu().double()
-    own = J.diagonal(dim1=0, dim2=2).movedim(-1, 0)                  # (seq, dim, dim)
-    whole = J.flatten(2).flatten(0, 1)                               # (seq * dim, seq * dim)
-    return (float(torch.linalg.eigvals(own).abs().max()),
-            float(torch.linalg.eigvalsh(whole.T @ whole)[-1].sqrt()))
+    blocks = J.diagonal(dim1=0, dim2=2).movedim(-1, 0)               # (seq, dim, dim)
+    matrix = J.flatten(2).flatten(0, 1)                              # (seq * dim, seq * dim)
+    return (float(torch.linalg.eigvals(blocks).abs().max()),
+            float(torch.linalg.eigvalsh(matrix.T @ matrix)[-1].sqrt()))

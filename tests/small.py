@@ -1,4 +1,4 @@
-"""Small strict models, and whether one settles as it must."""
+"""Small strict and dilated models, and whether a strict one settles as it must."""
 import torch
 
 from mythos_core import OpenMythos
@@ -9,11 +9,26 @@ STRICT = dict(vocab_size=6, dim=16, n_heads=2, n_kv_heads=1, strict=True, haltin
               qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=4, expert_dim=8, init_std=0.3)
 
 
+DILATED = {**STRICT, "strict": False, "dilation": 2, "rope": False, "max_seq_len": None,
+           "window": 1, "loop_norm": True, "max_loop_iters": 8}
+
+
 def strict_model(seed=0, dtype=torch.float32, **changes) -> OpenMythos:
     """A small strict model with weights large enough that loops matter."""
     torch.manual_seed(seed)
     changes["stride"] = min(changes.pop("stride", 1), changes.get("window") or 99)
-    model = OpenMythos(tutorial_config(changes.pop("attn_type", "gqa"), **{**STRICT, **changes}))
+    return _disturbed(tutorial_config(changes.pop("attn_type", "gqa"), **{**STRICT, **changes}),
+                      dtype)
+
+
+def dilated_model(seed=0, dtype=torch.float32, **changes) -> OpenMythos:
+    """A small dilated model with weights large enough that loops matter."""
+    torch.manual_seed(seed)
+    return _disturbed(tutorial_config("gqa", **{**DILATED, **changes}), dtype)
+
+
+def _disturbed(config, dtype) -> OpenMythos:
+    model = OpenMythos(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() < 2:

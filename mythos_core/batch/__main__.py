@@ -22,9 +22,9 @@ def batch(args) -> int:
     jobs = plan([notebook.resolve() for notebook in args.notebooks], parse_grid(args.grid), out,
                 _threads(args), args.timeout)
     states = {job.folder.name: state(job) for job in jobs}
-    print("; ".join(f"{number} {what}" for what, number in Counter(states.values()).items()))
+    print("; ".join(f"{count} {status}" for status, count in Counter(states.values()).items()))
     if args.dry_run:
-        print("\n".join(f"{name}: {what}" for name, what in states.items()))
+        print("\n".join(f"{name}: {status}" for name, status in states.items()))
         return 0
     sweep(out)
     if todo := [job for job in jobs if states[job.folder.name] != "up to date"]:

@@ -45,11 +45,11 @@ def connect(args):
         raise ImportError(f"{error}; to run on more than one worker: "
                           "pip install dask distributed dask-jobqueue") from error
     # Ctrl-C reaches every process of a terminal; this one alone answers.
-    ours = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    deaf = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ignoring = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
     client = Client(n_workers=args.workers, threads_per_worker=1, memory_limit=0, silence_logs=50,
-                    dashboard_address=":0" if args.dashboard else None, preload=[deaf])
-    signal.signal(signal.SIGINT, ours)
+                    dashboard_address=":0" if args.dashboard else None, preload=[ignoring])
+    signal.signal(signal.SIGINT, handler)
     return client
 
 
@@ -76,34 +76,34 @@ def follow(jobs: list[Job], client, retries: int):
     runs that were assigned to it, also those that only wait there; and so its scheduler holds as
     many runs as there are workers, however many are to come.
     """
-    waiting, flying, done = deque(jobs), {}, queue.SimpleQueue()
-    tries, failed, here = Counter(), 0, ThreadPoolExecutor(1)
+    waiting, running, done = deque(jobs), {}, queue.SimpleQueue()
+    tries, failed, executor = Counter(), 0, ThreadPoolExecutor(1)
     with tqdm(total=len(jobs), unit="run", smoothing=0) as bar:
-        while waiting or flying:
+        while waiting or running:
             workers = len(client.nthreads()) if client else 1
-            while waiting and len(flying) < workers:
+            while waiting and len(running) < workers:
                 job = waiting.popleft()
-                future = _submit(job, client, here)
-                flying[future] = job
+                future = _submit(job, client, executor)
+                running[future] = job
                 future.add_done_callback(done.put)
-            bar.set_postfix_str(f"{failed} failed, {len(flying)} running")
+            bar.set_postfix_str(f"{failed} failed, {len(running)} running")
             with suppress(queue.Empty):
                 future = done.get(timeout=1)
-                job = flying.pop(future)
+                job = running.pop(future)
                 failing = outcome(job, future)["status"] == "failed"
-                again = failing and tries[job.folder] < retries
+                retrying = failing and tries[job.folder] < retries
                 tries[job.folder] += 1
-                waiting.extend([job] if again else [])
-                failed += failing and not again
-                bar.update(not again)
+                waiting.extend([job] if retrying else [])
+                failed += failing and not retrying
+                bar.update(not retrying)
         bar.set_postfix_str(f"{failed} failed")
 
 
-def _submit(job: Job, client, here: ThreadPoolExecutor):
+def _submit(job: Job, client, executor: ThreadPoolExecutor):
     """A future of the run, on a worker or in this process; each try has a key of its own."""
     if client:
         return client.submit(run, job, key=f"{job.folder.name}-{time.time_ns()}")
-    return here.submit(run, job)
+    return executor.submit(run, job)
 
 
 def outcome(job: Job, future) -> dict:
@@ -114,8 +114,8 @@ def outcome(job: Job, future) -> dict:
     except (OSError, ImportError) as error:
         raise OSError(f"{job.folder.parent}: {error}; the runs that finished are kept") from error
     except Exception as error:
-        left = job.folder.parent.glob(f"{job.folder.name}@*.partial")
-        partial = max(left, key=os.path.getmtime, default=beside(job.folder))
+        partials = job.folder.parent.glob(f"{job.folder.name}@*.partial")
+        partial = max(partials, key=os.path.getmtime, default=beside(job.folder))
         partial.mkdir(exist_ok=True)
         return keep(job, partial, error, seconds=None, peak_mb=None)
 

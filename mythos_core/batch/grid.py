@@ -22,10 +22,10 @@ def parse_grid(entries: list[str]) -> list[dict]:
 def _values(entry: str, text: str) -> list:
     """0:3 is a range; @FILE.json:KEY.KEY the list, or the keys of the object, at that place; else
     literals, or words."""
-    if numbers := re.fullmatch(r"(-?\d+):(-?\d+)", text):
-        return list(range(int(numbers[1]), int(numbers[2])))
-    if file := re.fullmatch(r"@(.+?\.json):(.+)", text):
-        return _values_in_file(entry, Path(file[1]), file[2].split("."))
+    if match := re.fullmatch(r"(-?\d+):(-?\d+)", text):
+        return list(range(int(match[1]), int(match[2])))
+    if match := re.fullmatch(r"@(.+?\.json):(.+)", text):
+        return _values_in_file(entry, Path(match[1]), match[2].split("."))
     if text.startswith("@"):
         raise ValueError(f"--grid {entry!r}: a list in a file is NAME=@FILE.json:KEY.KEY; "
                          "a value that begins with @ is to be quoted")

@@ -32,7 +32,7 @@ def parameters_of(notebook: nbformat.NotebookNode) -> dict[str, tuple]:
     """Name -> (default, its source) of all that the parameters cell assigns. The default is
     UNKNOWN where it is not a literal, or where an annotation may allow more types than its own.
     SyntaxError if the cell is not Python."""
-    found = {}
+    parameters = {}
     for statement in _parameters_cell(notebook).body:
         if not isinstance(statement, (ast.Assign, ast.AnnAssign)):
             continue
@@ -42,8 +42,8 @@ def parameters_of(notebook: nbformat.NotebookNode) -> dict[str, tuple]:
                        else statement.targets):
             known = plain and isinstance(target, ast.Name)
             default = (_literal(value) if known else UNKNOWN, value and ast.unparse(value))
-            found |= dict.fromkeys(_names(target), default)
-    return found
+            parameters |= dict.fromkeys(_names(target), default)
+    return parameters
 
 
 def _parameters_cell(notebook: nbformat.NotebookNode) -> ast.Module:
@@ -77,8 +77,8 @@ def typed(name: str, value, known: dict[str, tuple], notebook: str):
     default, source = known[name]
     if default is UNKNOWN or default is None or type(value) is type(default):
         return value
-    kinds = (type(value), type(default))
-    if set(kinds) == {list, tuple} or (kinds == (int, float) and float(value) == value):
+    types = (type(value), type(default))
+    if set(types) == {list, tuple} or (types == (int, float) and float(value) == value):
         return type(default)(value)
     raise ValueError(f"--grid {name}={value!r}: must be {type(default).__name__}, "
                      f"as {name} = {source} in {notebook}")

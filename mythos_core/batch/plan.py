@@ -41,7 +41,7 @@ def plan(notebooks: list[Path], grid: list[dict], out: Path, threads: int,
          timeout: int | None = None) -> list[Job]:
     """All runs, checked before any starts. ValueError for a notebook that cannot be run, and for
     a parameter or a value that it does not take."""
-    jobs, here, core = {}, commit(), core_hash()
+    jobs, revision, core = {}, commit(), core_hash()
     for notebook in notebooks:
         known, code = _look_into(notebook)
         for point in grid:
@@ -51,7 +51,7 @@ def plan(notebooks: list[Path], grid: list[dict], out: Path, threads: int,
             if folder in jobs:
                 raise ValueError(f"the run {folder.name} is there twice")
             jobs[folder] = Job(notebook, folder, threads, {
-                "command": _command(notebook, parameters), "commit": here,
+                "command": _command(notebook, parameters), "commit": revision,
                 "notebook": notebook.name, "parameters": parameters,
                 "fingerprint": {"notebook": code, "core": core}}, timeout)
     return list(jobs.values())
@@ -72,8 +72,8 @@ def _folder(out: Path, notebook: Path, parameters: dict) -> Path:
     where they lie is in the hash."""
     label = "-".join([notebook.stem, *(f"{k}={v}" for k, v in parameters.items())])
     label = re.sub(r"[^\w.=+,-]+", "_", label, flags=re.ASCII)[:80]
-    asked = repr(sorted(parameters.items()))
-    return out / f"{label}-{_hash(_seen_from(out, notebook).encode(), asked.encode())}"
+    values = repr(sorted(parameters.items()))
+    return out / f"{label}-{_hash(_seen_from(out, notebook).encode(), values.encode())}"
 
 
 def _command(notebook: Path, parameters: dict) -> str:
@@ -94,9 +94,9 @@ def _seen_from(folder: Path, file: Path) -> str:
 def state(job: Job) -> str:
     """What there is of a run: missing, failed, stale and why, or up to date."""
     result = read(job.folder)
-    before = result["fingerprint"]
+    recorded = result["fingerprint"]
     changed = [part for part, value in job.about["fingerprint"].items()
-               if before.get(part, value) != value]
+               if recorded.get(part, value) != value]
     if changed:
         return f"stale, {' and '.join(changed)} changed"
     return {"passed": "up to date", "failed": "failed"}.get(result["status"], "missing")

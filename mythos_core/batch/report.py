@@ -27,7 +27,7 @@ def publish(job: Job):
     or machine to machine."""
     notebook = nbformat.read(job.folder / "notebook.ipynb", as_version=4)
     for part in [notebook, *notebook.cells]:
-        kept = {k: v for k, v in part.metadata.items()
-                if k not in ("papermill", "execution", "widgets")}
-        part.metadata = nbformat.from_dict(kept)
+        metadata = {k: v for k, v in part.metadata.items()
+                    if k not in ("papermill", "execution", "widgets")}
+        part.metadata = nbformat.from_dict(metadata)
     nbformat.write(notebook, job.notebook)

@@ -122,13 +122,13 @@ def _kernel_manager(job: Job, log) -> Any:
 
 def _papermill(job: Job, executed: Path, stdout, manager) -> BaseException | None:
     """Execute a notebook; what a cell raised, or that its kernel died, or that it took too long."""
-    until = time.monotonic() + job.timeout if job.timeout else None
+    deadline = time.monotonic() + job.timeout if job.timeout else None
     try:
         notebook = papermill.execute_notebook(
             verbatim(job.notebook), verbatim(executed), job.about["parameters"],
             cwd=str(job.notebook.parent), stdout_file=stdout, kernel_name="python3",
             language="python", kernel_manager_class=manager, progress_bar=False,
-            timeout_func=until and (lambda cell: max(until - time.monotonic(), 0.01)))
+            timeout_func=deadline and (lambda cell: max(deadline - time.monotonic(), 0.01)))
     except CellTimeoutError:
         return TimeoutError(f"not finished after {job.timeout} s")
     except Exception as error:
@@ -151,8 +151,8 @@ def peak_mb(pid: int) -> float:
     now."""
     with suppress(OSError):     # Linux says it here; psutil knows only Windows' peak
         status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
-        if peak := re.search(r"VmHWM:\s+(\d+) kB", status):
-            return int(peak[1]) / 2 ** 10
+        if match := re.search(r"VmHWM:\s+(\d+) kB", status):
+            return int(match[1]) / 2 ** 10
     memory = psutil.Process(pid).memory_info()
     return getattr(memory, "peak_wset", memory.rss) / 2 ** 20
 
@@ -161,7 +161,7 @@ def keep(job: Job, partial: Path, error: BaseException | None, **measured) -> di
     """Write result.json, with which the folder is whole, and give it its name."""
     notebook = partial / "notebook.ipynb"
     cells = nbformat.read(notebook, 4).cells if notebook.exists() else []
-    result = {"status": "failed" if error else "passed", "error": error and _said(error),
+    result = {"status": "failed" if error else "passed", "error": error and _error_line(error),
               "results": declared(cells), "claims": count_claims(cells), **measured, **job.about,
               "versions": {"python": platform.python_version(), "torch": version("torch"),
                            "numpy": version("numpy")}}
@@ -171,7 +171,7 @@ def keep(job: Job, partial: Path, error: BaseException | None, **measured) -> di
     return result
 
 
-def _said(error: BaseException) -> str:
+def _error_line(error: BaseException) -> str:
     """One line of what was raised, in a cell or outside."""
     kind, text = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", error)
     return f"{kind}: {text}".strip().splitlines()[0]
@@ -187,10 +187,10 @@ def stop(out: Path):
 
 def _kill(pid: int):
     with suppress(psutil.NoSuchProcess):
-        process = psutil.Process(pid)
-        for one in [*process.children(recursive=True), process]:
+        kernel = psutil.Process(pid)
+        for process in [*kernel.children(recursive=True), kernel]:
             with suppress(psutil.NoSuchProcess):
-                one.kill()
+                process.kill()
 
 
 def sweep(out: Path):

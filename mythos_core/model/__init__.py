@@ -1,5 +1,5 @@
 """The model. Read it in this order: config, layers, cache, attention, moe, halting, loop, strict,
-weights, model, interop."""
+dilated, weights, model, interop."""
 from mythos_core.model.cache import KVCache
 from mythos_core.model.config import MythosConfig, parity_config, tutorial_config
 from mythos_core.model.interop import from_open_mythos

@@ -61,7 +61,7 @@ class KVCache:
             its last loops gave (Huginn, Geiping et al. 2025), the size does not grow with n_loops,
             and n_loops >= loops may differ from pass to pass. None = one for each loop: the same
             logits as without a cache. A strict model has one and the same logits, and refuses
-            another number.
+            another number, as a dilated one does, whose loops read different distances.
 
     Attributes:
         length: positions read, the position of the next token.
@@ -92,11 +92,12 @@ class KVCache:
         """Open a pass; refuse it, with a ValueError, if it differs from the first one in any of the
         named things: in n_loops only where an entry belongs to one loop."""
         made_for["config"] = config
-        if self.loops is not None and (config.shift_growth > 1 or config.strict):
-            name = "shift_growth" if config.shift_growth > 1 else "strict"
-            value = getattr(config, name)
-            raise ValueError(f"kv_cache.loops = {self.loops}: must be None for a model "
-                             f"whose {name} = {value}")
+        loops_differ = {"shift_growth": config.shift_growth > 1, "dilation": config.dilation > 1,
+                        "strict": config.strict}
+        for name in (name for name in loops_differ if loops_differ[name]):
+            if self.loops is not None:
+                raise ValueError(f"kv_cache.loops = {self.loops}: must be None for a model "
+                                 f"whose {name} = {getattr(config, name)}")
         if self.loops is not None and n_loops < self.loops:
             raise ValueError(f"n_loops = {n_loops}: must be at least kv_cache.loops = "
                              f"{self.loops}, or an entry stays empty")

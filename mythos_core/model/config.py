@@ -13,7 +13,7 @@ RULES = {
         ["vocab_size", "dim", "n_heads", "n_kv_heads", "max_loop_iters", "kv_lora_rank",
          "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "n_experts",
          "n_experts_per_tok", "expert_dim", "max_output_tokens", "shift_growth", "min_loops",
-         "stride"],
+         "stride", "dilation"],
         (lambda x: x >= 1, "at least 1")),
     **dict.fromkeys(
         ["prelude_layers", "coda_layers", "n_shared_experts", "lora_rank", "codes",
@@ -74,11 +74,14 @@ class MythosConfig:
     # of a strict model: how far back a position reads. News travels so many positions per loop,
     # and a string of n positions settles in n / stride loops
     stride: int = 1
-    # of a strict model without the carry: states are rounded to the nearest of so many; 0 = they
-    # are not
+    # r > 1: in loop t a position reads those i, i - r^t, .., i - (r - 1) r^t, so that T loops read
+    # r^T positions: see dilated.DilatedBlock
+    dilation: int = 1
+    # of a strict or dilated model without the carry: states are rounded to the nearest of so many;
+    # 0 = they are not
     codes: int = 0
     # "act": weights may sum to < 1 | "act_remainder": the last loop gets the rest (Graves 2016) |
-    # "settled": the loop ends when nothing changes, for strict models | "none"
+    # "settled": the loop ends when nothing changes, for strict and dilated models | "none"
     halting: str = "act"
     # sinusoidal loop index on the first dim // 8 channels (theta 10,000)
     loop_embedding: bool = True
@@ -123,7 +126,9 @@ class MythosConfig:
                       "even when token_shift is on")
         self._require("shift_growth", self.token_shift or self.shift_growth == 1,
                       "1 when token_shift is off")
+        self._check_codes()
         self._check_strict()
+        self._check_dilated()
         self._check_heads()
 
     def _check_heads(self):
@@ -141,26 +146,46 @@ class MythosConfig:
     def _check_strict(self):
         """What a strict loop promises holds if every loop is the same map, and reads
         states only as the loop does."""
-        self._require("codes", not self.codes or (self.strict and not self.carry),
-                      "0 unless strict = True and carry = False")
-        self._require("halting", self.strict or self.halting != "settled",
-                      "another than 'settled' unless strict = True")
         self._require("stride", self.strict or self.stride == 1, "1 unless strict = True")
         if not self.strict:
             return
         self._require("stride", self.window is None or self.stride <= self.window,
                       f"at most window = {self.window}: letters between would be lost")
-        self._require("halting", self.halting in ("settled", "none"),
-                      "'settled' or 'none' when strict is on: "
-                      "ACT weighs states that have not settled")
-        self._require("loop_embedding", not self.loop_embedding,
-                      "False when strict is on: every loop has to be the same map")
-        self._require("lora_rank", self.lora_rank == 0,
-                      "0 when strict is on: every loop has to be the same map")
+        self._require_one_map("strict is on")
         self._require("token_shift", not self.token_shift,
                       "False when strict is on, which shifts the whole state")
         self._require("loop_norm", not (self.loop_norm and self.carry),
                       "False when strict and carry are on: the carry's factor would not be A")
+
+    def _check_dilated(self):
+        """A dilated loop is one map of the states of its slots, which are told apart by a vector of
+        their own."""
+        if self.dilation == 1:
+            return
+        for name, wanted in (("strict", False), ("attn_type", "gqa"), ("rope", False),
+                             ("carry", False), ("token_shift", False)):
+            self._require(name, getattr(self, name) == wanted,
+                          f"{wanted!r} when dilation = {self.dilation}")
+        self._require_one_map(f"dilation = {self.dilation}")
+
+    def _check_codes(self):
+        self._require("codes", not self.codes or (self.one_map and not self.carry),
+                      "0 unless strict = True or dilation > 1, and carry = False")
+        self._require("halting", self.one_map or self.halting != "settled",
+                      "another than 'settled' unless strict = True or dilation > 1")
+
+    def _require_one_map(self, when):
+        self._require("halting", self.halting in ("settled", "none"),
+                      f"'settled' or 'none' when {when}: ACT weighs states that have not settled")
+        self._require("loop_embedding", not self.loop_embedding,
+                      f"False when {when}: every loop has to be the same map")
+        self._require("lora_rank", self.lora_rank == 0,
+                      f"0 when {when}: every loop has to be the same map")
+
+    @property
+    def one_map(self) -> bool:
+        """Whether every loop is the same map of the states that it reads, and so may settle."""
+        return self.strict or self.dilation > 1
 
     @property
     def rope_dim(self) -> int:

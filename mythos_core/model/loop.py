@@ -29,7 +29,7 @@ class LoopRecord:
     expert_ids: Int[Tensor, "batch seq k"]                       # experts chosen
     halt_probability: Float[Tensor, "batch seq"] | None = None   # ACT: sigma(halt(h))
     halt_weight: Float[Tensor, "batch seq"] | None = None        # ACT: weight of h in the output
-    # strict: this loop changed nothing up to here
+    # strict: this loop changed nothing up to here; dilated: nothing here
     settled: Bool[Tensor, "batch seq"] | None = None
 
 
@@ -47,9 +47,11 @@ class TransformerBlock(nn.Module):
         self.ffn: Any = MoE(config) if moe else SwiGLU(config.dim, config.dim * 4 // 3)
         self.dropout = config.dropout
 
-    def forward(self, x: Float[Tensor, "batch seq dim"], ctx: Context, layer: str):
-        """The block's output, and the experts chosen if its ffn is a MoE (else None)."""
-        x = x + torch.dropout(self.attn(self.attn_norm(x), ctx, layer), self.dropout, self.training)
+    def forward(self, x: Float[Tensor, "batch seq dim"], ctx: Context, layer: str, **how):
+        """The block's output, and the experts chosen if its ffn is a MoE (else None); `how` is for
+        the attention."""
+        mixed = self.attn(self.attn_norm(x), ctx, layer, **how)
+        x = x + torch.dropout(mixed, self.dropout, self.training)
         out, expert_ids = self.ffn(self.ffn_norm(x)), None
         if isinstance(self.ffn, MoE):
             out, expert_ids = out
@@ -131,8 +133,8 @@ def loop_embedding(n_loops: int, dim: int, like: Tensor) -> Float[Tensor, "loops
 
 
 class RecurrentBlock(nn.Module):
-    """One transformer block with shared weights, looped; `strict.StrictBlock` is the one that must
-    settle."""
+    """One transformer block with shared weights, looped. `strict.StrictBlock` is the one that must
+    settle, `dilated.DilatedBlock` the one whose reach grows by a factor with each loop."""
 
     def __init__(self, config: MythosConfig):
         super().__init__()
@@ -143,6 +145,9 @@ class RecurrentBlock(nn.Module):
         rank = config.lora_rank
         self.lora = LoopLoRA(config.dim, rank, config.max_loop_iters) if rank else None
         self.act = ACTHalting(config) if config.halting in ("act", "act_remainder") else None
+        self.codes: Tensor | None
+        self.register_buffer("codes",
+                             torch.zeros(config.codes, config.dim) if config.codes else None)
 
     def fixed(self, n_loops: int, like: Tensor):
         """What the loops of a pass share: A, if there is a carry, and the embedding of each of
@@ -170,6 +175,21 @@ class RecurrentBlock(nn.Module):
     def noisy(self, z):
         noise = self.config.loop_noise if self.training else 0.0
         return z + noise * torch.randn_like(z) if noise else z
+
+    def rounded(self, h: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq dim"]:
+        """Each state replaced by the nearest of the codes, if there are any.
+
+        With codes no error of rounding is handed on: as long as a state lies nearer to its code
+        than to any other, every machine, every schedule of the loops and every shape of the batch
+        hands on the same numbers. `proof.certify` proves that it does.
+        """
+        if self.codes is None:
+            return h
+        return F.embedding(self.code_scores(h).argmax(-1), self.codes)
+
+    def code_scores(self, h: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq codes"]:
+        """h . c - |c|^2 / 2 for each code c: the larger, the nearer."""
+        return h @ self.codes.T - 0.5 * self.codes.square().sum(-1)
 
     def start_of(self, e):
         """h_0: the input, or in training, with start_noise, for half of the strings a

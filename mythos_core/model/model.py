@@ -13,6 +13,7 @@ from torch import Tensor
 from mythos_core.model.attention import Context
 from mythos_core.model.cache import KVCache
 from mythos_core.model.config import MythosConfig
+from mythos_core.model.dilated import DilatedBlock
 from mythos_core.model.layers import NORM_EPS, RMSNorm, known
 from mythos_core.model.loop import Observer, RecurrentBlock, TransformerBlock
 from mythos_core.model.strict import StrictBlock
@@ -36,7 +37,8 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
         logits = head(norm(coda(ACT-weighted sum of h_1 .. h_T)))       coda(h_T) with halting off
 
     The head's weight is the embedding's. Same weights, any T: depth is chosen at each call. With
-    `config.strict` the loop must settle (`StrictBlock`), and T is as many loops as that takes.
+    `config.strict` the loop must settle (`StrictBlock`), and T is as many loops as that takes; with
+    `config.dilation` = r > 1 (`DilatedBlock`) T loops read r^T positions, and T is log_r(length).
     """
 
     def __init__(self, config: MythosConfig):
@@ -44,7 +46,9 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.prelude = nn.ModuleList(TransformerBlock(config) for _ in range(config.prelude_layers))
-        self.recurrent: Any = (StrictBlock if config.strict else RecurrentBlock)(config)
+        block = (StrictBlock if config.strict else DilatedBlock if config.dilation > 1
+                 else RecurrentBlock)
+        self.recurrent: Any = block(config)
         self.coda = nn.ModuleList(TransformerBlock(config) for _ in range(config.coda_layers))
         self.norm = RMSNorm(config.dim, NORM_EPS)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
@@ -65,8 +69,9 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
             ids: (B, S) int64 tokens. Behind what `kv_cache` holds, if given: positions continue
                 there.
             n_loops: T >= 1, the most loops; default max_loop_iters, or in a strict model as many as
-                it takes to settle. With one cache, the same at every call, unless the model is
-                strict.
+                it takes to settle, and in a dilated one, without a cache, as many as read the whole
+                string (and, with halting = "settled", one more that sees nothing change). With one
+                cache, the same at every call, unless the model is strict.
             kv_cache: filled in place; a cached pass is inference and records no gradient. A strict
                 model reads `ids` in pieces of n_loops * stride positions, which settle in n_loops;
                 so its logits do not depend on n_loops, and n_loops = 1 is a recurrent network, left
@@ -78,8 +83,7 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
                 what is allowed.
         """
         settles, strict = n_loops is None and self.config.strict, self.config.strict
-        if n_loops is None:
-            n_loops = PIECE if strict else self.config.max_loop_iters
+        n_loops = self._default_loops(ids, kv_cache) if n_loops is None else n_loops
         self._check(ids, n_loops, kv_cache)
         if kv_cache is None:
             ctx = self.context(ids)
@@ -93,6 +97,19 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
             pieces = ids.split(n_loops * self.config.stride, 1) if strict else [ids]
             logits = [self._cached(piece, n_loops, kv_cache, observer) for piece in pieces]
         return torch.cat(logits, 1)  # outside: one that may be changed in place
+
+    def _default_loops(self, ids, kv_cache):
+        c = self.config
+        if c.strict:
+            return PIECE
+        if c.dilation == 1:
+            return c.max_loop_iters
+        if kv_cache is None:
+            return self.recurrent.loops_for(ids.shape[-1]) + (c.halting == "settled")
+        most, length = c.dilation ** c.max_loop_iters, kv_cache.length + ids.shape[-1]
+        _require(length <= most, "sequence length", length,
+                 f"at most dilation ** max_loop_iters = {most} where n_loops is not given")
+        return c.max_loop_iters
 
     def _cached(self, ids, n_loops, kv_cache, observer):
         ctx = self.context(ids, kv_cache)
@@ -139,7 +156,8 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
 
         Args:
             n_loops: loops for every token; a strict model reads the prompt in pieces of as many
-                positions, and then takes one loop for each token, whatever n_loops is.
+                positions, and then takes one loop for each token, whatever n_loops is; a dilated
+                one takes as many as read all that there will be.
             temperature: divides the logits; 0 = the most likely token.
             top_k: sample among that many most likely tokens; 0 or more than vocab_size = among all.
             generator: source of randomness; default torch's own.
@@ -158,6 +176,8 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
         _require(use_cache or cache_loops is None, "cache_loops",
                  cache_loops, "None if use_cache is False")
         cache = KVCache(ids.shape[1] + max_new_tokens, cache_loops) if use_cache else None
+        if self.config.dilation > 1:
+            n_loops = self.recurrent.loops_for(ids.shape[1] + max_new_tokens)
         n_loops = None if self.config.strict and not use_cache else n_loops
         for _ in range(max_new_tokens):
             unread = ids[:, cache.length:] if use_cache else ids

@@ -91,17 +91,18 @@ class MoE(nn.Module):
         return out, ids
 
     def _groups(self, x) -> bool:
-        """Whether to sort the tokens by expert: where that is cheaper. Not for a strict model's
-        answers: a token's place among those of its expert, and with it the rounding, hangs on where
-        the other tokens go, and "nothing changed" would never come. Nor while a graph is traced,
-        but of bfloat16: of the grouped product torch knows no other dtype's shape."""
+        """Whether to sort the tokens by expert: where that is cheaper. Not for the answers of a
+        model that may settle: a token's place among those of its expert, and with it the rounding,
+        hangs on where the other tokens go, and "nothing changed" would never come. Nor while a
+        graph is traced, but of bfloat16: of the grouped product torch knows no other dtype's
+        shape."""
         c = self.config
         # channels; few cost less than copies of a token do
         idle = (c.n_experts - c.n_experts_per_tok) * c.expert_dim
         cheaper = x.numel() * idle > SORTING and idle > 40 * c.n_experts_per_tok
         known = x.dtype == torch.bfloat16 or not torch.compiler.is_compiling()
         known = known and x.dtype != torch.float64 and x.device.type in ("cpu", "cuda")
-        return cheaper and known and (self.training or not c.strict)
+        return cheaper and known and (self.training or not c.one_map)
 
     def _dense(self, x, gates):
         """Every expert on every token, the gates of those not chosen being 0: two large

@@ -4,7 +4,6 @@ from functools import partial
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -42,9 +41,6 @@ class StrictBlock(RecurrentBlock):
         super().__init__(config)
         self.start = (nn.Parameter(config.init_std * torch.randn(config.stride, config.dim))
                       if config.stride > 1 else None)
-        self.codes: Tensor | None
-        self.register_buffer("codes",
-                             torch.zeros(config.codes, config.dim) if config.codes else None)
 
     def step(self, h: Float[Tensor, "batch seq dim"], e: Float[Tensor, "batch seq dim"], t: int,
              ctx: Context, fixed=None):
@@ -57,21 +53,6 @@ class StrictBlock(RecurrentBlock):
         if ctx.cache is not None:                    # what the past reads must have settled
             return self.injection.rest(e, out), expert_ids
         return self.injection(h, e, out, A), expert_ids
-
-    def rounded(self, h: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq dim"]:
-        """Each state replaced by the nearest of the codes, if there are any.
-
-        With codes no error of rounding is handed on: as long as a state lies nearer to its code
-        than to any other, every machine, every schedule of the loops and every shape of the batch
-        hands on the same numbers. `certificate.certify` proves that it does.
-        """
-        if self.codes is None:
-            return h
-        return F.embedding(self.code_scores(h).argmax(-1), self.codes)
-
-    def code_scores(self, h: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq codes"]:
-        """h . c - |c|^2 / 2 for each code c: the larger, the nearer."""
-        return h @ self.codes.T - 0.5 * self.codes.square().sum(-1)
 
     def last(self, z: Float[Tensor, "batch seen dim"],
              e: Float[Tensor, "batch new dim"]) -> Float[Tensor, "batch new dim"]:

@@ -21,6 +21,7 @@ model's own arithmetic evaluates the context too, and how much smaller or larger
 same choices are there, at most, is the *error*. The proof holds on every machine whose error is at
 most `SPARE` times the one measured; where a margin is smaller than that, nothing is proved.
 """
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from mythos_core.model.model import OpenMythos
 from mythos_core.proof.closure import Closure, with_codes
+from mythos_core.proof.scan import Scan, codes_by_element
 from mythos_core.tasks.machines import Machine
 
 SPARE = 100             # how many times the measured error another machine may have
@@ -54,7 +56,8 @@ class Certificate:
         state_margin: the least distance of a state from the border of its code's cell. Beside it in
             `errors` how far the model's arithmetic and float64 are apart in it, at most. Both are
             measured of a closed set alone, and else 0.
-        logit_margin: the least lead of an answer's logit; routing_margin: of a chosen expert's.
+        logit_margin: the least lead of an answer's logit; routing_margin: of a chosen expert's,
+            infinite where there is no other expert.
         model: the model with its states rounded to the codes: the one that the proof is about.
     """
 
@@ -68,7 +71,7 @@ class Certificate:
     routing_margin: float
     errors: dict[str, float]
     model: OpenMythos
-    closure: "Closure"
+    closure: Closure | Scan
 
     @cached_property
     def machine(self) -> Machine | None:
@@ -78,8 +81,9 @@ class Certificate:
         return closure.machine() if closure.closed and not closure.left_out else None
 
     def summary(self) -> dict:
-        """What a file beside the weights says of it."""
-        margins = {name: getattr(self, name)
+        """What a file beside the weights says of it; the margin of a choice without an alternative
+        is None."""
+        margins = {name: getattr(self, name) if math.isfinite(getattr(self, name)) else None
                    for name in ("state_margin", "logit_margin", "routing_margin")}
         return {"proved": self.proved, "reason": self.reason, "contexts": self.contexts,
                 "wrong": self.wrong, "codes": len(self.codes), **margins, "errors": self.errors,
@@ -127,10 +131,11 @@ def automaton(model: OpenMythos, letters: int) -> Machine | None:
 
 def _check(model, machine=None):
     c = model.config
-    for name, wanted in (("strict", True), ("carry", False), ("rope", False)):
-        if getattr(c, name) != wanted:
+    wanted = {"strict": True} if c.dilation == 1 else {"window": 1}
+    for name, value in {**wanted, "carry": False, "rope": False}.items():
+        if getattr(c, name) != value:
             raise ValueError(f"model.config.{name} = {getattr(c, name)}: "
-                             f"must be {wanted} for a certificate")
+                             f"must be {value} for a certificate")
     if c.window is None:
         raise ValueError("model.config.window = None: must be a number for a certificate")
     if machine is not None and machine.vocab_size > c.vocab_size:
@@ -141,7 +146,10 @@ def _check(model, machine=None):
 @torch.no_grad()
 def candidate_codes(model: OpenMythos, machine: Machine) -> Iterator[Float[Tensor, "codes dim"]]:
     """Means of settled states by the machine's state and answer and its last k moves, for
-    k = 0, 1, 2, 3."""
+    k = 0, 1, 2, 3; of a dilated model, means by what they should mean."""
+    if model.config.dilation > 1:
+        yield codes_by_element(model, machine)
+        return
     generator = torch.Generator().manual_seed(0)
     ids, _ = machine.make_batch(max(256, 16 * len(machine)), SEEN, generator,
                                 model.embed.weight.device,
@@ -162,17 +170,18 @@ def candidate_codes(model: OpenMythos, machine: Machine) -> Iterator[Float[Tenso
 
 def _certify(bare: OpenMythos, machine: Machine, codes: Tensor) -> Certificate:
     model = with_codes(bare, codes)
-    closure = Closure(model, machine.letters, machine).run()
-    margins, errors = closure.margins, closure.errors
+    closure = (Scan(model, machine) if model.config.dilation > 1
+               else Closure(model, machine.letters, machine)).run()
+    margins, errors = closure.judged.margins, closure.judged.errors
     thin = [name for name in margins if not margins[name] > SPARE * errors[name]]
     reason = ""
     if closure.wrong:
-        reason = f"a string of length {closure.length} is answered wrong"
+        reason = closure.fault
     elif not closure.closed:
-        reason = f"not closed after {len(closure.seen)} contexts"
+        reason = f"not closed after {closure.contexts} contexts"
     elif thin:
         reason = "; ".join(f"{name} margin {margins[name]:.3g} is not above {SPARE} times "
                            f"the error {errors[name]:.3g}" for name in thin)
-    return Certificate(not reason, reason, len(closure.seen), closure.wrong, codes,
+    return Certificate(not reason, reason, closure.contexts, closure.wrong, codes,
                        margins["state"], margins["logit"], margins["routing"], errors, model,
                        closure)

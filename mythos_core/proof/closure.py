@@ -5,11 +5,10 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
-from mythos_core.model import attention
 from mythos_core.model.model import OpenMythos
+from mythos_core.proof.margins import Judged, decode, plain_context, routed
 from mythos_core.tasks.automaton import NOT_ASKED
 from mythos_core.tasks.machines import Machine, minimal
 from mythos_core.tasks.unbounded import Task
@@ -38,7 +37,7 @@ class Closure:
     def __init__(self, model: OpenMythos, letters: int, asked: Machine | Task | None = None):
         self.model, self.letters, self.asked = model, letters, asked
         # on the CPU: not every device has float64
-        self.judge = with_codes(model, model.recurrent.codes).cpu().double()
+        self.judged = Judged(with_codes(model, model.recurrent.codes).cpu().double(), model)
         self.length, self.wrong, self.closed = 0, 0, False
         self.left_out = isinstance(asked, Machine) and bool((asked.answer == NOT_ASKED).any())
         c = model.config
@@ -46,14 +45,20 @@ class Closure:
         self.codes_kept = max(c.window + c.stride - 1, (c.window - 1) * c.coda_layers)
         # positions before its own that an answer reads
         self.read = (c.window - 1) * c.coda_layers
-        # of a closed set: the least margin of each choice, and the model's largest error in it
-        self.margins = {"state": 0.0, "logit": 0.0, "routing": 0.0}
-        self.errors = {"state": 0.0, "logit": 0.0, "routing": 0.0}
-        self.judged: list[tuple] = []     # what the judge read, chose, and the margins it found
         self.follows: dict[Context, tuple[int, int]] = {}        # context -> code, answer
         # context, state of the machine behind it, and the answer due: one context and state may be
         # come to by moves with different answers
         self.seen: set[tuple[Context, Any, int]] = set()
+
+    @property
+    def fault(self) -> str:
+        """What is wrong, if something is."""
+        return f"a string of length {self.length} is answered wrong"
+
+    @property
+    def contexts(self) -> int:
+        """Triples that were met."""
+        return len(self.seen)
 
     @torch.no_grad()
     def run(self) -> "Closure":
@@ -75,7 +80,7 @@ class Closure:
             self.length += bool(frontier)
         self.closed = not frontier and not self.wrong
         if self.closed:
-            self._measure()
+            self.judged.measure()
         return self
 
     def context(self, past: Context, letter: int) -> Context:
@@ -103,79 +108,21 @@ class Closure:
         for _, same in groupby(sizes, key=lambda context: (len(context[0]), len(context[1]))):
             same = list(same)
             for part in (same[i:i + PART] for i in range(0, len(same), PART)):
-                tokens = torch.tensor([context[0] for context in part])
-                before = torch.tensor([context[1] for context in part], dtype=torch.int64)
-                read = (tokens, before.view(len(part), -1), self.read)
-                chosen, exact = _evaluate(self.judge, *read)
-                self.judged.append((read, chosen, exact))
-                self.follows |= dict(zip(part, zip(chosen["code"].tolist(),
-                                                   chosen["answer"].tolist())))
-
-    def _measure(self):
-        """The margins, and how far they are from those that the model finds for the same choices:
-        only now, since a training tries many proofs that are not to be had."""
-        owns = [_evaluate(self.model, *read, chosen)[1] for read, chosen, _ in self.judged]
-        for name in self.margins:
-            exact = torch.cat([found[name] for *_, found in self.judged])
-            own = torch.cat([found[name] for found in owns])
-            apart = torch.where(own == exact, 0.0, (own - exact).abs())
-            # torch's, in which what is not a number wins
-            self.margins[name], self.errors[name] = exact.min().item(), apart.max().item()
+                codes = self.judged.choose(_advance, part)["code"].tolist()
+                states = [[*before, code][-1 - self.read:]
+                          for (_, before), code in zip(part, codes)]
+                answers = self.judged.choose(decode, states)["answer"].tolist()
+                self.follows |= dict(zip(part, zip(codes, answers)))
 
 
-def _evaluate(model, tokens: Int[Tensor, "n tokens"], before: Int[Tensor, "n positions"],
-              read: int, chosen: dict[str, Tensor] | None = None
-              ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What the last position of each context chooses, its code, answer and experts, and the margin
-    of each choice: how far the state is inside its code's cell, the answer's logit ahead of the
-    next, and the experts' router logits ahead of the best one left out. Given what was `chosen`
-    elsewhere, the margins are of that, and may be below 0. The model works on its device; what is
-    given and returned is on the CPU.
-    """
-    device = model.embed.weight.device
-    tokens, before = tokens.to(device), before.to(device)
-    loop, window, k = model.recurrent, model.config.window, model.config.n_experts_per_tok
-    past = loop.codes[before]                                    # (n, positions, dim)
-    e = model.encode(tokens, _plain(model, tokens))[:, -window:]
+def _advance(model: OpenMythos, part: list[Context]) -> dict[str, Tensor]:
+    """Scores of codes and experts of the last position of each context."""
+    device, loop, window = model.embed.weight.device, model.recurrent, model.config.window
+    tokens = torch.tensor([tokens for tokens, _ in part], device=device)
+    before = torch.tensor([codes for _, codes in part], dtype=torch.int64, device=device)
+    past = loop.codes[before.view(len(part), -1)]                # (n, positions, dim)
+    e = model.encode(tokens, plain_context(model, tokens))[:, -window:]
     seen = torch.cat([loop.before_start(e), past], 1)[:, :past.shape[1] + 1]   # the last: s back
     z = loop.norm(seen[:, -e.shape[1]:] + e)
-    routed = []
-    hook = loop.block.ffn.router.register_forward_hook(
-        lambda module, args, out: routed.append(out[:, -1]))
-    h = loop.last(z, e[:, -1:])
-    hook.remove()
-    scores = {"code": loop.code_scores(h)[:, 0], "experts": routed[0] + loop.block.ffn.router_bias}
-    if chosen is None:
-        chosen = {"code": scores["code"].argmax(-1),
-                  "experts": scores["experts"].topk(k, -1).indices}
-    chosen = {name: choice.to(device) for name, choice in chosen.items()}
-    own = loop.codes[chosen["code"]].unsqueeze(1)                # (n, 1, dim)
-    states = torch.cat([past, own], 1)[:, -1 - read:]
-    scores["answer"] = model.decode(states, _plain(model, states))[:, -1]
-    chosen = {"answer": scores["answer"].argmax(-1), **chosen}
-    used, row = chosen["code"].unique(return_inverse=True)       # few, of many contexts
-    codes = loop.codes.to(torch.promote_types(h.dtype, torch.float32))  # bfloat16 has no cdist
-    apart = torch.cdist(codes[used], codes,
-                        compute_mode="donot_use_mm_for_euclid_dist")[row]   # (n, codes)
-    lead = {name: _lead(scores[name], chosen[name]) for name in scores}
-    # scores differ by the distance from the border times `apart`
-    state = (lead["code"] / apart.where(apart > 0, 1)).amin(-1)
-    margins = {"state": state, "logit": lead["answer"].amin(-1),
-               "routing": lead["experts"].amin(-1)}
-    return _on_cpu(chosen), _on_cpu(margins)
-
-
-def _on_cpu(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: x.cpu() for name, x in found.items()}
-
-
-def _plain(model, x: Tensor) -> attention.Context:
-    """What the layers of a pass over all positions of x, ids or states, share."""
-    return attention.Context.of(model.config, len(x), x.shape[1], None, like=model.embed.weight)
-
-
-def _lead(scores: Float[Tensor, "n choices"], chosen: Tensor) -> Float[Tensor, "n choices"]:
-    """By how much the lowest of the chosen scores, one or several in a row, is above each
-    other; infinity at the chosen."""
-    chosen = chosen.view(len(scores), -1)
-    return (scores.gather(1, chosen).amin(1, keepdim=True) - scores).scatter(1, chosen, torch.inf)
+    h, experts = routed(model, lambda: loop.last(z, e[:, -1:]))
+    return {"code": loop.code_scores(h)[:, 0], "experts": experts}

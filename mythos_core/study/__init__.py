@@ -45,16 +45,17 @@ def variant(name: str) -> Recipe:
     ValueError listing the names there are."""
     if name.startswith("machine "):
         return recipe_for(machine(name.removeprefix("machine ")))
-    if found := re.fullmatch(r"task (.+) of (\d+)", name):
-        return recipe_for(task(found[1]).bounded(int(found[2])), **LADDER)
+    if match := re.fullmatch(r"task (.+) of (\d+)", name):
+        return recipe_for(task(match[1]).bounded(int(match[2])), **LADDER)
     if name not in VARIANTS:
         raise ValueError(f"variant = {name!r}: must be one of {sorted(VARIANTS)}")
     changes: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v
                                for k, v in VARIANTS[name].items()}
     recipe = get_recipe(changes.pop("base", "parity-carrying"))
-    inner = {k.removeprefix("config."): v for k, v in changes.items() if k.startswith("config.")}
-    outer = {k: v for k, v in changes.items() if not k.startswith("config.")}
-    return replace(recipe, **outer, config=replace(recipe.config, **inner))
+    in_config = {k.removeprefix("config."): v for k, v in changes.items()
+                 if k.startswith("config.")}
+    in_recipe = {k: v for k, v in changes.items() if not k.startswith("config.")}
+    return replace(recipe, **in_recipe, config=replace(recipe.config, **in_config))
 
 
 def pack(rows: list[dict]) -> str:

@@ -9,15 +9,15 @@ ZLIB_WINDOW = 32_768    # bytes that DEFLATE looks back, at most
 
 def _grams(text: bytes, n: int) -> np.ndarray:
     """The text's stretches of n bytes, n at most 8, as numbers; the latest byte is the lowest."""
-    read = np.frombuffer(text, np.uint8).astype(np.uint64)
-    return sum((read[n - 1 - j:len(read) - j] << np.uint64(8 * j) for j in range(n)),
-               np.zeros(max(0, len(read) - n + 1), np.uint64))
+    codes = np.frombuffer(text, np.uint8).astype(np.uint64)
+    return sum((codes[n - 1 - j:len(codes) - j] << np.uint64(8 * j) for j in range(n)),
+               np.zeros(max(0, len(codes) - n + 1), np.uint64))
 
 
-def _found(keys: np.ndarray, values: np.ndarray, asked: np.ndarray) -> np.ndarray:
+def _look_up(keys: np.ndarray, values: np.ndarray, queries: np.ndarray) -> np.ndarray:
     """The value of each key asked for, 0 where there is none; keys are sorted."""
-    at = np.searchsorted(keys, asked).clip(max=len(keys) - 1)
-    return np.where(keys[at] == asked, values[at], 0)
+    position = np.searchsorted(keys, queries).clip(max=len(keys) - 1)
+    return np.where(keys[position] == queries, values[position], 0)
 
 
 def ngram_bits(train: bytes, test: bytes, context: int) -> float:
@@ -37,12 +37,12 @@ def ngram_bits(train: bytes, test: bytes, context: int) -> float:
     p = np.full(len(test), 1 / 256)
     for k in range(context + 1):
         grams, counts = np.unique(_grams(train, k + 1), return_counts=True)
-        asked, shift = _grams(test, k + 1), np.uint64(8)
-        before, first, different = np.unique(grams >> shift, return_index=True, return_counts=True)
-        N = _found(before, np.add.reduceat(counts, first), asked >> shift)
-        T = _found(before, different, asked >> shift)
-        mixed = (_found(grams, counts, asked) + T * p[k:]) / np.maximum(N + T, 1)
-        p[k:] = np.where(N > 0, mixed, p[k:])
+        queries, shift = _grams(test, k + 1), np.uint64(8)
+        contexts, first, types = np.unique(grams >> shift, return_index=True, return_counts=True)
+        N = _look_up(contexts, np.add.reduceat(counts, first), queries >> shift)
+        T = _look_up(contexts, types, queries >> shift)
+        interpolated = (_look_up(grams, counts, queries) + T * p[k:]) / np.maximum(N + T, 1)
+        p[k:] = np.where(N > 0, interpolated, p[k:])
     return float(-np.log2(p).mean())
 
 

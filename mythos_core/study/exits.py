@@ -24,19 +24,19 @@ def signals(model: OpenMythos, ids: Int[Tensor, "batch seq"], n_loops: int) -> d
     """What each of the `RULES` looks at, and which answers are `right`, after each loop of a run to
     the end: (T, B, S) by name."""
     ctx, seen = model.context(ids), {name: [] for name in ("right", *RULES)}
-    before = {"h": torch.zeros(()), "log_q": torch.tensor(-torch.inf), "answer": -torch.ones(()),
-              "same": torch.zeros(ids.shape)}
+    previous = {"h": torch.zeros(()), "log_q": torch.tensor(-torch.inf),
+                "answer": -torch.ones(()), "same": torch.zeros(ids.shape)}
 
     def look(record):
         log_q = model.decode(record.h, ctx).log_softmax(-1)
         answer = log_q.argmax(-1)
-        now = {"right": answer == answers(ids), "same": (before["same"] + 1)
-               * (answer == before["answer"]),
-               "KL": (log_q.exp() * (log_q - before["log_q"])).sum(-1),
-               "change": (record.h - before["h"]).norm(dim=-1) / record.h.norm(dim=-1)}
+        current = {"right": answer == answers(ids),
+                   "same": (previous["same"] + 1) * (answer == previous["answer"]),
+                   "KL": (log_q.exp() * (log_q - previous["log_q"])).sum(-1),
+                   "change": (record.h - previous["h"]).norm(dim=-1) / record.h.norm(dim=-1)}
         for name, values in seen.items():
-            values.append(now[name])
-        before.update(h=record.h, log_q=log_q, answer=answer, same=now["same"])
+            values.append(current[name])
+        previous.update(h=record.h, log_q=log_q, answer=answer, same=current["same"])
 
     model.eval()(ids, n_loops, observer=look)
     return {name: torch.stack(values) for name, values in seen.items()}
@@ -45,12 +45,12 @@ def signals(model: OpenMythos, ids: Int[Tensor, "batch seq"], n_loops: int) -> d
 def exits(may: Bool[Tensor, "loops batch seq"], prefix: bool) -> Int[Tensor, "batch seq"]:
     """The loop (from 0) at which each position stops: the first at which it may, or with `prefix`
     at which it and all before it have been free to and may; the last loop if it never comes."""
-    stopped, at = torch.zeros_like(may[0]), torch.full(may.shape[1:], len(may) - 1)
-    for t, now in enumerate(may):
-        now = (now | stopped).long().cumprod(1).bool() if prefix else now | stopped
-        at[now & ~stopped] = t
-        stopped = now
-    return at
+    stopped, exit_loop = torch.zeros_like(may[0]), torch.full(may.shape[1:], len(may) - 1)
+    for t, free in enumerate(may):
+        stops = (free | stopped).long().cumprod(1).bool() if prefix else free | stopped
+        exit_loop[stops & ~stopped] = t
+        stopped = stops
+    return exit_loop
 
 
 def exit_points(seen: dict[str, Tensor]) -> list[dict]:
@@ -58,19 +58,21 @@ def exit_points(seen: dict[str, Tensor]) -> list[dict]:
     number of loops."""
     correct = seen["right"]
     last = torch.full(correct.shape[1:], len(correct) - 1)
-    stops: dict[tuple[str, float, bool], Tensor] = {
+    exit_loops: dict[tuple[str, float, bool], Tensor] = {
         ("fixed", t + 1, False): torch.full_like(last, t)
         for t in range(0, len(correct), max(1, len(correct) // 24))}
     for rule, settings in RULES.items():
         for setting in settings:
             may = seen[rule] <= setting if rule in ("KL", "change") else seen[rule] >= setting
-            stops |= {(rule, setting, prefix): exits(may, prefix) for prefix in (False, True)}
+            exit_loops |= {(rule, setting, prefix): exits(may, prefix)
+                           for prefix in (False, True)}
     points = []
-    for (rule, setting, prefix), at in stops.items():
-        read = correct.gather(0, at[None])[0].float()
+    for (rule, setting, prefix), exit_loop in exit_loops.items():
+        correct_then = correct.gather(0, exit_loop[None])[0].float()
         points.append({"rule": rule, "setting": setting, "prefix": prefix,
-                       "loops": (at + 1).float().mean().item(), "whole": read.amin(1).mean().item(),
-                       "token": read.mean().item()})
+                       "loops": (exit_loop + 1).float().mean().item(),
+                       "whole": correct_then.amin(1).mean().item(),
+                       "token": correct_then.mean().item()})
     return points
 
 
@@ -83,9 +85,10 @@ def exits_row(run: Run) -> dict:
         if run.recipe.config.halting == "none":
             points[str(length)] = exit_points(signals(model, ids, loops))
             continue
-        correct, spent = right(model, ids, [loops])[0].float(), halting_map(model, ids, loops)
+        correct, halting = right(model, ids, [loops])[0].float(), halting_map(model, ids, loops)
         points[str(length)] = [{"rule": "as it runs",
-                                "loops": spent.stopped_at.float().mean().item(),
-                                "executed": spent.executed, "whole": correct.amin(1).mean().item(),
+                                "loops": halting.stopped_at.float().mean().item(),
+                                "executed": halting.executed,
+                                "whole": correct.amin(1).mean().item(),
                                 "token": correct.mean().item()}]
     return {"points": points}

@@ -15,6 +15,7 @@ from mythos_core.study.proofs import (
     ladder_row,
     looping_row,
     proof_row,
+    staircase_row,
 )
 from mythos_core.study.reference import reference_row
 from mythos_core.study.states import states_row, train_gru
@@ -24,8 +25,8 @@ from mythos_core.training import NotProved, Run, train
 MEASURES: dict[str, Callable[..., dict]] = {
     "ablations": accuracy_row, "reach": reach_row, "exits": exits_row, "experts": experts_row,
     "generation": generation_row, "proofs": proof_row, "machines": proof_row, "ladder": ladder_row,
-    "far": far_row, "states": states_row, "gru": states_row,
-    "pace": lambda run: {"threads": torch.get_num_threads()}}
+    "doubling": proof_row, "staircase": staircase_row, "far": far_row, "states": states_row,
+    "gru": states_row, "pace": lambda run: {"threads": torch.get_num_threads()}}
 #: What trains for itself, by (peer, recipe, seed, device): not ours, or not by its own recipe.
 ALONE: dict[str, Callable[..., dict]] = {
     "peers": peer_row, "looping": lambda peer, *rest: looping_row(*rest),
@@ -42,7 +43,8 @@ def row_of(variant: str, seed: int, measure: str, *, steps: int | None = None,
         measure: one of `MEASURES` or of `ALONE`.
         steps: instead of the recipe's own number.
         runs: folder to keep trained models in: another measure then finds them trained.
-        arithmetic: of "proofs": one of `proofs.ARITHMETICS`, which the environment must have.
+        arithmetic: of "proofs" and "doubling": one of `proofs.ARITHMETICS`, which the environment
+            must have.
         peer: of "peers": one of `peers.PEERS`; of "reference": of `reference.TRAINED`.
         device: to train on; None: the CPU.
 
@@ -51,7 +53,7 @@ def row_of(variant: str, seed: int, measure: str, *, steps: int | None = None,
     """
     if measure not in {**MEASURES, **ALONE}:
         raise ValueError(f"measure = {measure!r}: must be one of {sorted({**MEASURES, **ALONE})}")
-    if measure == "proofs":
+    if measure in ("proofs", "doubling"):
         check_arithmetic(arithmetic)
     recipe = study.variant(variant)
     recipe = replace(recipe, steps=steps) if steps else recipe
@@ -62,9 +64,9 @@ def row_of(variant: str, seed: int, measure: str, *, steps: int | None = None,
         return ALONE[measure](peer, recipe, seed, device)
     run: Run | NotProved | SimpleNamespace
     try:
-        kept = runs and f"{runs}/{variant}, seed {seed}"
+        folder = runs and f"{runs}/{variant}, seed {seed}"
         run = (train_gru(recipe, seed, device) if measure == "gru"
-               else train(recipe, seed, device, progress=False, out=kept, resume=True))
+               else train(recipe, seed, device, progress=False, out=folder, resume=True))
     except NotProved as failed:
         run = failed
     for model in models_of(run):
@@ -79,7 +81,7 @@ def row_of(variant: str, seed: int, measure: str, *, steps: int | None = None,
 def models_of(run: Run | NotProved | SimpleNamespace) -> list[torch.nn.Module]:
     """The trained model, and the rounded one that its certificate is about."""
     run = run.run if isinstance(run, NotProved) else run
-    return [of.model for of in (run, getattr(run, "certificate", None)) if of is not None]
+    return [owner.model for owner in (run, getattr(run, "certificate", None)) if owner is not None]
 
 
 def when_whole(run: Run | SimpleNamespace) -> dict:
@@ -89,5 +91,5 @@ def when_whole(run: Run | SimpleNamespace) -> dict:
     first = [row for row in rows if row["held_out"] == 1.0]
     stayed = [row for i, row in enumerate(rows)
               if all(later["held_out"] == 1.0 for later in rows[i:])]
-    return {name: {key: found[0][key] for key in ("step", "seconds")} if found else None
-            for name, found in (("first", first), ("stayed", stayed))}
+    return {name: {key: whole[0][key] for key in ("step", "seconds")} if whole else None
+            for name, whole in (("first", first), ("stayed", stayed))}

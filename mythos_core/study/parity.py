@@ -46,8 +46,8 @@ def right(model: OpenMythos, ids: Int[Tensor, "batch seq"],
     if ids.numel() > TOKENS and len(ids) > 1:
         return torch.cat([right(model, part, loops)
                           for part in ids.split(max(1, TOKENS // ids.shape[1]))], 1)
-    read = [logits.argmax(-1) for logits in logits_after(model, ids, loops)]
-    return (torch.stack(read) == answers(ids)).cpu()
+    predicted = [logits.argmax(-1) for logits in logits_after(model, ids, loops)]
+    return (torch.stack(predicted) == answers(ids)).cpu()
 
 
 def whole_strings(model: OpenMythos, length: int, n_loops: int, strings: int = 16) -> float:
@@ -122,7 +122,8 @@ def generation_row(run: Run) -> dict:
     rows = []
     for length in (8, 16, 32, 64, 128, 256):
         for loops in (length // 4, length // 2, length, 2 * length):
-            for kept in (None, *(k for k in (1, 2, 4) if k <= loops)):
-                exact = continued(run.model, fresh_strings(length), loops, kept)
-                rows.append({"bits": length, "loops": loops, "cache_loops": kept, "exact": exact})
+            for cache_loops in (None, *(k for k in (1, 2, 4) if k <= loops)):
+                exact = continued(run.model, fresh_strings(length), loops, cache_loops)
+                rows.append({"bits": length, "loops": loops, "cache_loops": cache_loops,
+                             "exact": exact})
     return {"generation": rows}

@@ -57,12 +57,12 @@ class Recurrent(nn.Module):
     def states(self, ids: Int[Tensor, "batch seq"],
                hand_on: Callable | None = None) -> Float[Tensor, "batch seq width"]:
         """All states; `hand_on` as in `StrictBlock.settle`."""
-        h, found = torch.zeros(len(ids), self.width, device=ids.device), []
+        h, states = torch.zeros(len(ids), self.width, device=ids.device), []
         for position, letter in enumerate(ids.unbind(1)):
-            found.append(h := self.step(h, letter))
+            states.append(h := self.step(h, letter))
             if hand_on is not None:
                 h = hand_on(h.unsqueeze(1), position).squeeze(1)
-        return torch.stack(found, 1)
+        return torch.stack(states, 1)
 
     def forward(self, ids, n_loops=None):
         return self.answer(self.states(ids))
@@ -159,8 +159,8 @@ def fit(make: Callable[[Recipe], Model], recipe: Recipe, seed: int,
             nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
             optimizer.step()
             history.append({"step": step, "loss": loss.item(), "accuracy": accuracy})
-            due = (step + 1) % CERTIFY_EVERY == 0 and accuracy > 0.99 and recipe.machine is not None
-            if due and isinstance(model, Recurrent):
+            certifying = (step + 1) % CERTIFY_EVERY == 0 and accuracy > 0.99
+            if certifying and recipe.machine is not None and isinstance(model, Recurrent):
                 history[-1]["rows"] = rows_of(model, recipe.machine)
     return model.cpu().eval(), history
 
@@ -192,17 +192,18 @@ def rows_of(model: Recurrent, asked: Machine) -> int | None:
     processor rounds.
     """
     codes = _codes(model, asked)
-    reads, answers = torch.cat([torch.zeros_like(codes[:1]), codes]), model.answer(codes).argmax(-1)
+    h = torch.cat([torch.zeros_like(codes[:1]), codes])          # the start, and each code
+    answers = model.answer(codes).argmax(-1)
     letters = torch.arange(1, asked.letters + 1, device=codes.device)
     code = torch.stack([                                         # (1 + codes, letters), from 0
-        torch.cdist(model.step(reads, letter.expand(len(reads))), codes).argmin(1)
+        torch.cdist(model.step(h, letter.expand(len(h))), codes).argmin(1)
         for letter in letters], 1).cpu()
     right = answers.cpu()[code][:, None] == asked.answer         # (1 + codes, states, letters)
     seen, todo = {(0, asked.start)}, [(0, asked.start)]
-    for read, state in todo:
-        if not right[read, state].all():
+    for origin, state in todo:
+        if not right[origin, state].all():
             return None
-        following = zip((code[read] + 1).tolist(), asked.next_state[state].tolist())
+        following = zip((code[origin] + 1).tolist(), asked.next_state[state].tolist())
         new = dict.fromkeys(pair for pair in following if pair not in seen)
         seen.update(new)
         todo.extend(new)
@@ -234,10 +235,11 @@ def accuracy(model: nn.Module, asked: Machine, strings: int = 32) -> dict:
         ids, targets = asked.make_batch(strings, length, torch.Generator().manual_seed(
             2 ** 31 + length), strings=kind(asked))
         right = torch.cat([model(part).argmax(-1) for part in ids.split(8)]) == targets
-        so_far = right.all(0)
+        all_right = right.all(0)
         row["whole"][str(length)] = right.all(1).float().mean().item()
         row["token"][str(length)] = right.float().mean().item()
-        row["first_wrong"][str(length)] = None if so_far.all() else int(so_far.long().argmin())
+        row["first_wrong"][str(length)] = (None if all_right.all()
+                                           else int(all_right.long().argmin()))
     return row
 
 

@@ -5,6 +5,7 @@ import time
 from itertools import product
 
 import torch
+from torch import Tensor
 
 from mythos_core.model.cache import KVCache
 from mythos_core.model.model import OpenMythos
@@ -22,6 +23,7 @@ from mythos_core.training.trainer import begin
 #: What a row may be of: the environment's settings that make a processor round in another way.
 ARITHMETICS = {"native": {}, "default": {"ATEN_CPU_CAPABILITY": "default"},
                "compatible": {"MKL_CBWR": "COMPATIBLE"}}
+PIECE = 8192        # letters of a pass over a long string
 SETTINGS = ("ATEN_CPU_CAPABILITY", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA")
 
 
@@ -29,9 +31,9 @@ def check_arithmetic(name: str):
     """Refuse a run whose environment is not that of the arithmetic it is said to be of."""
     if name not in ARITHMETICS:
         raise ValueError(f"arithmetic = {name!r}: must be one of {sorted(ARITHMETICS)}")
-    found = {setting: os.environ[setting] for setting in SETTINGS if setting in os.environ}
-    if found != ARITHMETICS[name]:
-        raise ValueError(f"arithmetic = {name!r}: the environment has {found}, must have "
+    settings = {setting: os.environ[setting] for setting in SETTINGS if setting in os.environ}
+    if settings != ARITHMETICS[name]:
+        raise ValueError(f"arithmetic = {name!r}: the environment has {settings}, must have "
                          f"{ARITHMETICS[name]}")
 
 
@@ -59,13 +61,13 @@ def proof_row(run: Run | NotProved) -> dict:
     the model answers."""
     if isinstance(run, NotProved):
         return {"certificate": {"proved": False, "reason": str(run)}}
-    asked, first = run.recipe.machine, next(row for row in run.history if row.get("proved"))
+    machine, first = run.recipe.machine, next(row for row in run.history if row.get("proved"))
     summary = {name: value for name, value in run.certificate.summary().items()
                if name != "machine"}
     return {"certificate": summary, "steps": len(run.history),
             "first_proof": {name: first[name] for name in ("step", "seconds")},
-            "same_machine": run.certificate.machine == asked.minimal(),
-            "answered": answered(run.model, asked, 4096 if len(asked) == 2
+            "same_machine": run.certificate.machine == machine.minimal(),
+            "answered": answered(run.model, machine, 4096 if len(machine) == 2
                                  and run.seed < 10 else 256)}
 
 
@@ -88,15 +90,35 @@ def looping_row(recipe: Recipe, seed: int, device: str | None) -> dict:
 def far_row(run: Run) -> dict:
     """Strings that are right at every position, left to right behind one cache: two of 65,536
     elements, one of 1,000,000."""
-    model, asked, row = run.model, run.recipe.machine, {}
+    model, machine, row = run.model, run.recipe.machine, {}
     for strings, length in ((2, 65_536), (1, 1_000_000)):
-        ids, targets = asked.make_batch(strings, length, torch.Generator().manual_seed(length))
+        ids, targets = machine.make_batch(strings, length, torch.Generator().manual_seed(length))
         cache, whole, start = KVCache(), torch.ones(strings, dtype=torch.bool), time.perf_counter()
-        for part, wanted in zip(ids.split(5000, 1), targets.split(5000, 1)):
-            whole &= (model(part, kv_cache=cache).argmax(-1) == wanted).all(1)
+        for part, target in zip(ids.split(5000, 1), targets.split(5000, 1)):
+            whole &= (model(part, kv_cache=cache).argmax(-1) == target).all(1)
         row[str(length)] = {"strings": strings, "whole": int(whole.sum()),
                             "seconds": time.perf_counter() - start, "cache_bytes": cache.nbytes}
     return {"far": row}
+
+
+@torch.no_grad()
+def staircase_row(run: Run) -> dict:
+    """Of one string of each length the tokens that are right after each loop, as many loops as it
+    takes and three more, in pieces of `PIECE` letters behind one cache."""
+    model, machine, row = run.model, run.recipe.machine, {}
+    for length in (16, 256, 4096, 65_536, 1_048_576):
+        ids, targets = machine.make_batch(1, length, torch.Generator().manual_seed(length))
+        loops, start = model.recurrent.loops_for(length) + 3, time.perf_counter()
+        cache, right = KVCache(), torch.zeros(loops, dtype=torch.int64)
+        for part, target in zip(ids.split(PIECE, 1), targets.split(PIECE, 1)):
+            states: list[Tensor] = []
+            model(part, loops, cache, observer=lambda record, kept=states: kept.append(record.h))
+            ctx = model.context(part)
+            right += torch.stack([(model.decode(h, ctx).argmax(-1) == target).sum()
+                                  for h in states])
+        row[str(length)] = {"right": right.tolist(), "seconds": time.perf_counter() - start,
+                            "cache_bytes": cache.nbytes}
+    return {"staircase": row}
 
 
 @torch.no_grad()
@@ -106,17 +128,17 @@ def ladder_row(run: Run | NotProved) -> dict:
     the share of right tokens, the first position (from 0) that is wrong in any of them. The closure
     against the task: contexts met, elements of the longest strings, wrong answers to those."""
     run = run.run if isinstance(run, NotProved) else run
-    asked, found, lengths = run.recipe.machine, run.certificate, {}
-    endless = task(asked.name.rpartition(" of ")[0])
+    machine, certificate, lengths = run.recipe.machine, run.certificate, {}
+    unbounded = task(machine.name.rpartition(" of ")[0])
     for length in (16, 20, 24, 32, 64):
-        ids, due = endless.draw(64, length, torch.Generator().manual_seed(2 ** 31 + length))
-        right = run.model.eval()(ids).argmax(-1) == due
+        ids, targets = unbounded.draw(64, length, torch.Generator().manual_seed(2 ** 31 + length))
+        right = run.model.eval()(ids).argmax(-1) == targets
         wrong = (~right).any(0).nonzero()
         lengths[str(length)] = {"strings": len(ids), "whole": int(right.all(1).sum()),
                                 "token": right.float().mean().item(),
                                 "first_wrong": int(wrong[0]) if len(wrong) else None}
-    closure = Closure(found.model, asked.letters, endless).run()
-    return {"states": len(asked), "moves": int((asked.answer != NOT_ASKED).sum()),
-            "certificate": found.summary(), "steps": len(run.history), "lengths": lengths,
+    closure = Closure(certificate.model, machine.letters, unbounded).run()
+    return {"states": len(machine), "moves": int((machine.answer != NOT_ASKED).sum()),
+            "certificate": certificate.summary(), "steps": len(run.history), "lengths": lengths,
             "closure": {"contexts": len(closure.seen), "elements": closure.length,
                         "wrong": closure.wrong}}

@@ -46,15 +46,15 @@ def states_row(run: Run | SimpleNamespace) -> dict:
         correct, name = is_right(ids), str(length)
         row["whole"][name] = correct.all(1).float().mean().item()
         row["token"][name] = correct.float().mean().item()
-        row["first_wrong"][name] = [None if one.all() else int(one.long().argmin())
-                                    for one in correct]
-        row["structured"][name] = {name: bool(is_right(one).all())
-                                   for name, one in patterns(recipe, length).items()}
+        row["first_wrong"][name] = [None if string.all() else int(string.long().argmin())
+                                    for string in correct]
+        row["structured"][name] = {pattern: bool(is_right(string).all())
+                                   for pattern, string in patterns(recipe, length).items()}
     moves = targets[:, :-1] * (len(tracked) + 1) + ids[:, 1:]
     missed = correct[:, :-1] & ~correct[:, 1:]
     row |= {"moves": len(moves.unique()), "moves_wrong": len(moves[missed].unique())}
-    loops = isinstance(model, OpenMythos) and recipe.loops[1] > 1
-    for length in (16, 32, 64, 128, 256) if loops else ():
+    looped = isinstance(model, OpenMythos) and recipe.loops[1] > 1
+    for length in (16, 32, 64, 128, 256) if looped else ():
         ids, targets = recipe.make_batch(8, length, torch.Generator().manual_seed(length))
         needed = depth_sweep(model, ids, targets, 2 * length).loops_needed.amax(1).float()
         row["needed"][str(length)] = needed.mean().item() if needed.max() <= 2 * length else None

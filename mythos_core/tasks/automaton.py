@@ -12,6 +12,7 @@ from automata.fa.dfa import DFA
 from jaxtyping import Int
 from torch import Tensor
 
+from mythos_core.tasks.monoid import Monoid, monoid_of
 from mythos_core.tasks.strings import NOT_ASKED, Strings
 
 
@@ -97,11 +98,11 @@ class Machine:
     def encode(self, letters: Iterable[str]) -> Int[Tensor, "one seq"]:
         """The tokens of a string, which is given by its letters' names: of one sign each, as text.
         ValueError for a letter that the machine has not."""
-        number = {symbol: token for token, symbol in enumerate(self.symbols, 1)}
+        token_of = {symbol: token for token, symbol in enumerate(self.symbols, 1)}
         letters = list(letters)
-        if unknown := [letter for letter in letters if letter not in number]:
+        if unknown := [letter for letter in letters if letter not in token_of]:
             raise ValueError(f"letter = {unknown[0]!r}: must be one of {list(self.symbols)}")
-        return torch.tensor([[number[letter] for letter in letters]])
+        return torch.tensor([[token_of[letter] for letter in letters]])
 
     def make_batch(self, batch: int, seq_len: int, generator: torch.Generator | None = None,
                    device=None, strings: str = "uniform") -> tuple[Tensor, Tensor]:
@@ -156,6 +157,16 @@ class Machine:
         from, and the answer to give."""
         return self.run(ids) * self.vocab_size + self.answers(ids)
 
+    def monoid(self) -> Monoid:
+        """What strings do to the minimal machine; ValueError if that is more different things than
+        `monoid.MOST_ELEMENTS`, or if the machine does not ask at each position."""
+        return self._monoid
+
+    @cached_property
+    def _monoid(self) -> Monoid:
+        small = self.minimal()
+        return monoid_of(self.name, small.next_state, small.answer, small.start)
+
     def minimal(self) -> "Machine":
         """The smallest machine with the same answers to all strings, its states numbered
         in the order in which a search meets them, letter by letter: two machines answer
@@ -178,21 +189,21 @@ def minimal(name: str, start, symbols: Iterable[str], moves: Callable) -> Machin
             table[state] = moves(state)
             todo += [after for after, _ in table[state]]
     index = {state: i for i, state in enumerate(table)}          # automata-lib takes no None
-    pairs = {index[state]: {(letter, answer): index[after]
-                            for letter, (after, answer) in enumerate(found)}
-             for state, found in table.items()}
-    smallest = DFA(states=set(pairs),
-                   input_symbols={pair for row in pairs.values() for pair in row},
-                   transitions=pairs, initial_state=index[start], final_states=set(pairs),
-                   allow_partial=True).minify()
-    number, rows = {smallest.initial_state: 0}, []
-    for state in (order := [smallest.initial_state]):
+    transitions = {index[state]: {(letter, answer): index[after]
+                                  for letter, (after, answer) in enumerate(row)}
+                   for state, row in table.items()}
+    dfa = DFA(states=set(transitions),
+              input_symbols={pair for row in transitions.values() for pair in row},
+              transitions=transitions, initial_state=index[start], final_states=set(transitions),
+              allow_partial=True).minify()
+    number, rows = {dfa.initial_state: 0}, []
+    for state in (order := [dfa.initial_state]):
         row = sorted((letter, answer, after)
-                     for (letter, answer), after in smallest.transitions[state].items())
+                     for (letter, answer), after in dfa.transitions[state].items())
         for _, _, after in row:
             if after not in number:
                 number[after] = len(number)
                 order.append(after)
         rows.append([(number[after], answer) for _, answer, after in row])
-    both = torch.tensor(rows)                                    # (states, letters, 2)
-    return Machine(name, both[..., 0], both[..., 1], symbols=tuple(symbols))
+    next_state, answer = torch.tensor(rows).unbind(-1)           # (states, letters) each
+    return Machine(name, next_state, answer, symbols=tuple(symbols))

@@ -81,8 +81,8 @@ class Corpus:
 
 def _pairs(text, starts, seq_len, device):
     """(n, seq) bytes from each of the starts (n, 1), and the same one byte later."""
-    read = text[starts + torch.arange(seq_len + 1)].long().to(device)
-    return read[:, :-1], read[:, 1:]
+    spans = text[starts + torch.arange(seq_len + 1)].long().to(device)
+    return spans[:, :-1], spans[:, 1:]
 
 
 def side(name: str) -> str:
@@ -104,47 +104,47 @@ def split_files(name: str, files: dict[str, bytes]) -> Corpus:
         ValueError: a split would be empty.
     """
     texts: dict[str, list[bytes]] = {split: [] for split in SPLITS}
-    once = {text: file for file, text in sorted(files.items(), reverse=True)}
-    met, dropped = np.zeros(0, np.uint64), 0
+    file_of = {text: file for file, text in sorted(files.items(), reverse=True)}
+    seen, dropped = np.zeros(0, np.uint64), 0
     for split in SPLITS:
-        of_split = sorted((file, text) for text, file in once.items() if side(file) == split)
-        for _, text in of_split:
-            texts[split].append(_without(met, text))
+        in_split = sorted((file, text) for text, file in file_of.items() if side(file) == split)
+        for _, text in in_split:
+            texts[split].append(_without(seen, text))
             dropped += len(text) - len(texts[split][-1])
-        met = np.sort(np.concatenate([met, *(_hashes(text) for _, text in of_split)]))
+        seen = np.sort(np.concatenate([seen, *(_hashes(text) for _, text in in_split)]))
     if not all(any(parts) for parts in texts.values()):
-        raise ValueError(f"corpus = {name!r}: its {len(once)} different files leave a split empty: "
-                         f"{ {split: len(parts) for split, parts in texts.items()} } files")
+        raise ValueError(f"corpus = {name!r}: its {len(file_of)} different files leave a split "
+                         f"empty: { {split: len(parts) for split, parts in texts.items()} } files")
     return Corpus(name, **{split: b"\n".join(texts[split]) for split in SPLITS}, dropped=dropped)
 
 
 def _hashes(text: bytes) -> np.ndarray:
     """A number for each stretch of `PASSAGE` bytes, a power of two: sum_j x_j b^j modulo 2^64, put
     together from those of half the length."""
-    numbers, power, size = np.frombuffer(text, np.uint8).astype(np.uint64), BASE, 1
+    hashes, power, size = np.frombuffer(text, np.uint8).astype(np.uint64), BASE, 1
     while size < PASSAGE:
-        numbers = numbers[:-size] + numbers[size:] * np.uint64(power)
+        hashes = hashes[:-size] + hashes[size:] * np.uint64(power)
         power, size = power * power % 2 ** 64, 2 * size
-    return numbers
+    return hashes
 
 
-def _without(met: np.ndarray, text: bytes) -> bytes:
-    """The text without the paragraphs that touch a stretch whose number is among those met, which
+def _without(seen: np.ndarray, text: bytes) -> bytes:
+    """The text without the paragraphs that touch a stretch whose number is among those seen, which
     are sorted."""
-    if len(text) < PASSAGE or not len(met):
+    if len(text) < PASSAGE or not len(seen):
         return text
-    numbers = _hashes(text)
-    order = numbers.argsort()   # what is asked in order is found in places side by side
-    places = np.searchsorted(met, numbers[order]).clip(max=len(met) - 1)
-    starts = order[met[places] == numbers[order]]
+    hashes = _hashes(text)
+    order = hashes.argsort()    # what is asked in order is found in places side by side
+    places = np.searchsorted(seen, hashes[order]).clip(max=len(seen) - 1)
+    starts = order[seen[places] == hashes[order]]
     edges = (np.bincount(starts, minlength=len(text) + 1)
              - np.bincount(starts + PASSAGE, minlength=len(text) + 1))
-    known, kept, at = edges.cumsum() > 0, [], 0
+    shared, paragraphs, position = edges.cumsum() > 0, [], 0
     for paragraph in text.split(b"\n\n"):
-        if not known[at:at + len(paragraph)].any():
-            kept.append(paragraph)
-        at += len(paragraph) + 2
-    return b"\n\n".join(kept)
+        if not shared[position:position + len(paragraph)].any():
+            paragraphs.append(paragraph)
+        position += len(paragraph) + 2
+    return b"\n\n".join(paragraphs)
 
 
 def overlap(corpus: Corpus, length: int = PASSAGE, most: int = 1000) -> float:
@@ -174,12 +174,12 @@ def _tinystories() -> dict[str, bytes]:
 
 
 def _folder(root: Path, pattern: str = "*",
-            left_out: frozenset[str] = frozenset()) -> dict[str, bytes]:
+            excluded: frozenset[str] = frozenset()) -> dict[str, bytes]:
     """Files below a folder, by their path in it, without folders of those names; files with a zero
     byte are no text."""
     texts = {}
-    for folder, inner, files in os.walk(root):
-        inner[:] = [name for name in inner if name not in left_out]   # they are not entered
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in excluded]  # are not entered
         for file in map(Path(folder).joinpath, fnmatch.filter(files, pattern)):
             if file.is_file():
                 name = file.relative_to(root).as_posix()

@@ -76,22 +76,22 @@ def group(name: str) -> Group:
         raise ValueError(f"group = {name!r}: must be Z2 to Z99, D3 to D99, S2 to S6, or A3 to A6")
     n = int(name[1:])
     cycle, rest = (*range(1, n), 0), tuple(range(3, n))
-    made = {"Z": [cycle], "D": [cycle, tuple(reversed(range(n)))],
-            "S": [(1, 0, *range(2, n)), cycle],
-            "A": [(1, 2, 0, *rest), cycle if n % 2 else (0, *range(2, n), 1)]}[name[0]]
-    made = list(dict.fromkeys(made))                             # two of S2's, and of A3's, are one
-    # origin: of all but the first, an earlier element times a generator; right: all such products
-    index, origin, right = {tuple(range(n)): 0}, [(0, 0)], []
+    generators = {"Z": [cycle], "D": [cycle, tuple(reversed(range(n)))],
+                  "S": [(1, 0, *range(2, n)), cycle],
+                  "A": [(1, 2, 0, *rest), cycle if n % 2 else (0, *range(2, n), 1)]}[name[0]]
+    generators = list(dict.fromkeys(generators))                 # two of S2's, and of A3's, are one
+    # origin: of all but the first, an earlier element times a generator; products: all of these
+    index, origin, products = {tuple(range(n)): 0}, [(0, 0)], []
     for a in (elements := list(index)):
-        for s, generator in enumerate(made):
+        for s, generator in enumerate(generators):
             product = tuple(generator[x] for x in a)
             if product not in index:
                 index[product] = len(elements)
                 elements.append(product)
                 origin.append((index[a], s))
-            right.append(index[product])
-    times = torch.tensor(right).view(-1, len(made))
+            products.append(index[product])
+    times = torch.tensor(products).view(-1, len(generators))
     table = torch.arange(len(elements)).expand(len(elements), -1).T.contiguous()
     for b, (before, s) in enumerate(origin[1:], 1):
         table[:, b] = times[table[:, before], s]                 # x (a s) = (x a) s
-    return Group(name, elements, table, [index[generator] for generator in made])
+    return Group(name, elements, table, [index[generator] for generator in generators])

@@ -22,7 +22,8 @@ MOST_LETTERS = 12
 
 def tracking(name: str) -> Machine:
     """The running product in a group of `groups.group`; its answer is the state. Letter j is
-    element j where the group has at most 12 elements, else generator j."""
+    element j where the group has at most 12 elements, else generator j; "-all" behind the name of a
+    group makes every element a letter."""
     tracked = group("Z2" if name == "parity" else name)
     letters = list(range(len(tracked))) if len(tracked) <= MOST_LETTERS else tracked.generators
     return Machine.from_table(tracked.table[:, letters], name=name)
@@ -33,18 +34,18 @@ def regular(pattern: str) -> Machine:
     Letters are those of the pattern, in their order. Syntax: automata-lib's, with | * + ? & ^ {}
     and brackets."""
     try:
-        found = DFA.from_nfa(NFA.from_regex(pattern)).to_complete()
+        dfa = DFA.from_nfa(NFA.from_regex(pattern)).to_complete()
     except (AutomatonException, RegexException) as error:
         raise ValueError(f"regex = {pattern!r}: {error}") from error
-    symbols = sorted(found.input_symbols)
+    symbols = sorted(dfa.input_symbols)
     if not symbols:
         raise ValueError(f"regex = {pattern!r}: must have a letter")
 
     def moves(state):
-        following = [found.transitions[state][letter] for letter in symbols]
-        return [(after, 1 + (after in found.final_states)) for after in following]
+        next_states = [dfa.transitions[state][letter] for letter in symbols]
+        return [(after, 1 + (after in dfa.final_states)) for after in next_states]
 
-    return minimal(f"regex:{pattern}", found.initial_state, symbols, moves)
+    return minimal(f"regex:{pattern}", dfa.initial_state, symbols, moves)
 
 
 def even_pairs() -> Machine:
@@ -95,8 +96,8 @@ def flip_flop() -> Machine:
 
 def divisible(n: int) -> Machine:
     """Whether the binary number so far, most significant bit first, is divisible by n: token 2."""
-    return minimal(f"divisible-by-{n}", 0, "01", lambda rest: [
-        ((2 * rest + bit) % n, 1 + ((2 * rest + bit) % n == 0)) for bit in (0, 1)])
+    return minimal(f"divisible-by-{n}", 0, "01", lambda remainder: [
+        ((2 * remainder + bit) % n, 1 + ((2 * remainder + bit) % n == 0)) for bit in (0, 1)])
 
 
 def addition(base: int, name: str) -> Machine:
@@ -133,13 +134,14 @@ def random_machine(states: int, letters: int, seed: int) -> Machine:
     """Moves drawn uniformly, and for each state an answer, token 1 or 2; in minimal form."""
     generator = torch.Generator().manual_seed(seed)
     table = torch.randint(0, states, (states, letters), generator=generator)
-    said = torch.randint(1, 3, (states,), generator=generator)
-    return Machine(f"random-{states}-{letters}-{seed}", table, said[table]).minimal()
+    answer = torch.randint(1, 3, (states,), generator=generator)
+    return Machine(f"random-{states}-{letters}-{seed}", table, answer[table]).minimal()
 
 
 #: Names, as regular expressions, and the machines that they make of their groups.
 NAMES: dict[str, Callable[..., Machine]] = {
     r"(parity|[ZDSA]\d+)": tracking,
+    r"([ZDSA]\d+)-all": lambda name: Machine.from_table(group(name).table, name=f"{name}-all"),
     r"prefix-sums": lambda: tracking("parity"),
     r"regex:(.*)": regular,
     r"even-pairs": even_pairs,
@@ -164,6 +166,6 @@ def machine(name: str) -> Machine:
     ValueError for another name.
     """
     for pattern, make in NAMES.items():
-        if found := re.fullmatch(pattern, name, re.DOTALL):
-            return make(*found.groups())
+        if match := re.fullmatch(pattern, name, re.DOTALL):
+            return make(*match.groups())
     raise ValueError(f"machine = {name!r}: must be one of {', '.join(NAMES)}")

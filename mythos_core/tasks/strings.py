@@ -90,11 +90,11 @@ class Strings:
     def open_letters(self) -> Bool[Tensor, "states letters"]:
         """The letters that keep out of traps: those that leave the largest set of states that lead
         to each other within reach, and do not leave such a set if they can."""
-        everything = torch.ones_like(self.next_state, dtype=torch.bool)
-        near = self.distance(everything) < len(self.next_state)
-        mutual = near & near.T
+        all_letters = torch.ones_like(self.next_state, dtype=torch.bool)
+        reachable = self.distance(all_letters) < len(self.next_state)
+        mutual = reachable & reachable.T
         size = mutual.sum(1)                                     # of the set that a state is in
-        best = torch.where(near, size, 0).amax(1)                # of the largest within reach
+        best = torch.where(reachable, size, 0).amax(1)           # of the largest within reach
         stays = mutual.gather(1, self.next_state) & (size == best).unsqueeze(1)
         rank = (2 * best[self.next_state] + stays).masked_fill(self.answer == NOT_ASKED, -1)
         return rank == rank.amax(1, keepdim=True)
@@ -103,42 +103,42 @@ class Strings:
         """Letters of a shortest string of `allowed` ones from a state to a state; as many as there
         are states where there is none."""
         n = len(self.next_state)
-        far = torch.full((n, n), n).fill_diagonal_(0)
+        distance = torch.full((n, n), n).fill_diagonal_(0)
         for _ in range(n):
-            onward = (far[self.next_state] + 1).masked_fill(~allowed[:, :, None], n)
-            nearer = torch.minimum(far, onward.amin(1))
-            if torch.equal(nearer, far):
+            onward = (distance[self.next_state] + 1).masked_fill(~allowed[:, :, None], n)
+            shorter = torch.minimum(distance, onward.amin(1))
+            if torch.equal(shorter, distance):
                 break
-            far = nearer
-        return far
+            distance = shorter
+        return distance
 
     @cached_property
-    def _way(self) -> tuple[Tensor, Tensor]:
+    def _routes(self) -> tuple[Tensor, Tensor]:
         """The first open letter of a shortest way from a state to a state (states, states); and
         which states are within reach (states, states), as weights."""
-        far, states = self.distance(self.open_letters), len(self.next_state)
-        onward = far[self.next_state].masked_fill(~self.open_letters[:, :, None], states)
-        return onward.argmin(1), (far < states).float()
+        distance, states = self.distance(self.open_letters), len(self.next_state)
+        onward = distance[self.next_state].masked_fill(~self.open_letters[:, :, None], states)
+        return onward.argmin(1), (distance < states).float()
 
     def tours(self, batch: int, seq_len: int, generator=None) -> Int[Tensor, "batch seq"]:
         """Strings that keep to the open letters up to a position drawn for each, and from there on
         are uniform, but for moves of which nothing is asked. In half of them the first part goes a
         shortest way to a move drawn at random, takes it, and goes on to another, so that all moves
         are as common as can be; in the others each open letter is as likely."""
-        (way, near), weights = self._way, self.open_letters.float()
+        (first_letter, reachable), weights = self._routes, self.open_letters.float()
         touring = torch.rand(batch, generator=generator) < 0.5
         cut = torch.randint(seq_len + 1, (batch,), generator=generator)
         state, letters = torch.full((batch,), self.start), []
-        target = torch.multinomial(near[state], 1, generator=generator)[:, 0]
+        target = torch.multinomial(reachable[state], 1, generator=generator)[:, 0]
         for position in range(seq_len):
             open_letter = torch.multinomial(weights[state], 1, generator=generator)[:, 0]
-            there = state == target
-            step = torch.where(touring & ~there, way[state, target], open_letter)
+            arrived = state == target
+            step = torch.where(touring & ~arrived, first_letter[state, target], open_letter)
             any_letter = torch.randint(weights.shape[1], (batch,), generator=generator)
             asked = self.answer[state, any_letter] != NOT_ASKED
             letters.append(torch.where(position < cut, step,
                                        torch.where(asked, any_letter, open_letter)))
             state = self.next_state[state, letters[-1]]
-            fresh = torch.multinomial(near[state], 1, generator=generator)[:, 0]
-            target = torch.where(there, fresh, target)
+            new_target = torch.multinomial(reachable[state], 1, generator=generator)[:, 0]
+            target = torch.where(arrived, new_target, target)
         return torch.stack(letters, 1)

@@ -69,21 +69,21 @@ class Task:
         for position in range(seq_len):
             asked = [(after, answer, letter) for letter, (after, answer)
                      in enumerate(self.following(state)) if answer != NOT_ASKED]
-            found = [move for move in asked if move[0] is not None]
-            if found and torch.rand((), generator=generator) < share:
-                found = self._willed(found, state, 2 * position < seq_len, seq_len)
-            at = int(torch.randint(len(found or asked), (), generator=generator))
-            state, answer, letter = (found or asked)[at]
+            moves = [move for move in asked if move[0] is not None]
+            if moves and torch.rand((), generator=generator) < share:
+                moves = self._steered(moves, state, 2 * position < seq_len, seq_len)
+            choice = int(torch.randint(len(moves or asked), (), generator=generator))
+            state, answer, letter = (moves or asked)[choice]
             row.append((letter + 1, answer))
         return row
 
-    def _willed(self, found, state, fill, seq_len):
+    def _steered(self, moves, state, fill, seq_len):
         """Those of the moves that fill the memory, if they may, or else empty it the most."""
-        larger = [move for move in found if self.size(state) < self.size(move[0]) <= seq_len]
+        larger = [move for move in moves if self.size(state) < self.size(move[0]) <= seq_len]
         if fill and larger:
             return larger
-        least = min(self.size(after) for after, _, _ in found)
-        return [move for move in found if self.size(move[0]) == least]
+        least = min(self.size(after) for after, _, _ in moves)
+        return [move for move in moves if self.size(move[0]) == least]
 
 
 def a_n_b_n() -> Task:
@@ -125,10 +125,11 @@ def answering(name: str, symbols: str, answer: Callable[[tuple], tuple],
 
     def following(state):
         phase, word = state
-        left = answer(word) if phase == "read" else word
+        remaining = answer(word) if phase == "read" else word
         read = [(("read", keep((*word, letter))), NOT_YET) if phase == "read"
                 else (None, NOT_ASKED) for letter in range(len(symbols))]
-        return [*read, (("answer", left[1:]), FIRST_SYMBOL + left[0] if left else end)]
+        token = FIRST_SYMBOL + remaining[0] if remaining else end
+        return [*read, (("answer", remaining[1:]), token)]
 
     def size(state):
         phase, word = state
@@ -146,14 +147,14 @@ def stack_manipulation() -> Task:
                   for bit in (0, 1)]
         acted = [(("act", after), NOT_YET) if phase != "answer" else (None, NOT_ASKED)
                  for after in (stack[:-1], (*stack, 0), (*stack, 1))]
-        said = FIRST_SYMBOL + (stack[-1] if stack else 2)
-        return [*pushed, *acted, (("answer", stack[:-1]), said)]
+        answer = FIRST_SYMBOL + (stack[-1] if stack else 2)
+        return [*pushed, *acted, (("answer", stack[:-1]), answer)]
 
     return Task("stack-manipulation", "01-+*_", ("stack", ()), following,
                 lambda state: 2 * len(state[1]) if state[0] != "answer" else 0)
 
 
-TASKS = {made.name: made for made in (
+TASKS = {each.name: each for each in (
     a_n_b_n(), brackets(1), brackets(2),
     answering("reverse-string", "01", lambda word: word[::-1]),
     stack_manipulation(),

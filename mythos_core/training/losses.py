@@ -38,12 +38,18 @@ def numbered(label: Int[Tensor, "*shape"]) -> tuple[Int[Tensor, "*shape"], int]:
     return number, len(values)
 
 
-def means_by(h: Float[Tensor, "n dim"], label: Int[Tensor, "n"],
-             labels: int) -> Float[Tensor, "n dim"]:
-    """In each row the mean of the rows with its label, of 0 .. `labels` - 1."""
+def means_of(h: Float[Tensor, "n dim"], label: Int[Tensor, "n"],
+             labels: int) -> Float[Tensor, "labels dim"]:
+    """The mean of the rows of each label, of 0 .. `labels` - 1."""
     sums = h.new_zeros(labels, h.shape[1]).index_add(0, label, h)
     count = h.new_zeros(labels).index_add(0, label, torch.ones_like(h[:, 0]))
-    return (sums / count.clamp(min=1).unsqueeze(1))[label]
+    return sums / count.clamp(min=1).unsqueeze(1)
+
+
+def means_by(h: Float[Tensor, "n dim"], label: Int[Tensor, "n"],
+             labels: int) -> Float[Tensor, "n dim"]:
+    """In each row the mean of the rows with its label."""
+    return means_of(h, label, labels)[label]
 
 
 def handing_on(common: Bool[Tensor, "batch seq"], label: Int[Tensor, "batch seq"],
@@ -67,6 +73,17 @@ def center_loss(h: Float[Tensor, "batch seq dim"], label: Int[Tensor, "batch seq
     h = h.flatten(0, 1)
     spread = (h - means_by(h, label.flatten(), labels)).square().sum(-1)
     return spread.mean() / h.detach().square().sum(-1).mean()
+
+
+def spread_ratio(h: Float[Tensor, "n dim"], label: Int[Tensor, "n"], labels: int
+                 ) -> Float[Tensor, ""]:
+    """Mean of |h - m|^2 / |m - m'|^2, with m the batch's mean of h's label and m' the mean nearest
+    to m. A distance to the mean alone is least where all states are one; this ratio is not."""
+    means = means_of(h, label, labels)
+    apart = (means.unsqueeze(1) - means).square().sum(-1)        # cdist has no gradient at 0
+    apart = apart + torch.diag(torch.full_like(apart[0], torch.inf))
+    nearest = apart.amin(1)[label].clamp(min=1e-6)
+    return ((h - means[label]).square().sum(-1) / nearest).mean()
 
 
 def ponder(weight: Float[Tensor, "loops batch seq"]) -> Float[Tensor, ""]:

@@ -58,7 +58,8 @@ class Recipe:
     balanced: bool = False
     # share of states that the next position reads as the mean of those that mean the same
     handed_on: float = 0.0
-    # weight, while the learning rate falls, of `losses.center_loss`
+    # weight, while the learning rate falls, of `losses.center_loss`, of a dilated model
+    # `losses.spread_ratio`
     center_loss: float = 0.0
     ponder_cost: float = 0.0                # for halting = "act_remainder": weight of Graves' N + R
     corpus: Corpus | None = None            # the task is its next byte, and `strings` the split
@@ -110,6 +111,31 @@ def recipe_for(machine: Machine, **changes) -> Recipe:
                      **training, **changes})
 
 
+def doubling_recipe(machine: Machine, **changes) -> Recipe:
+    """The recipe that trains a dilated model until it is proved to be `machine`: its loops multiply
+    what stretches of letters do, each loop stretches twice as long. Trained on 3 loops and 8
+    letters at most; every loop is asked what is to be answered to the letters that it has read.
+
+    Args:
+        changes: as `recipe_for`.
+
+    Raises:
+        ValueError: for a machine whose monoid is too large, or which does not ask everywhere.
+    """
+    # one expert: where none is chosen, no choice can be close
+    model = dict(vocab_size=max(4, machine.vocab_size), max_seq_len=None, dilation=2,
+                 halting="settled", carry=False, rope=False, window=1, loop_embedding=False,
+                 lora_rank=0, init_std=64 ** -0.5, n_experts=1, n_experts_per_tok=1,
+                 expert_dim=64 if len(machine.monoid()) <= FEW else 256, loop_noise=0.3,
+                 loop_norm=True)
+    model |= {name.removeprefix("config."): changes.pop(name)
+              for name in list(changes) if name.startswith("config.")}
+    training = dict(steps=4000, batch=64, lr=4e-3, betas=(0.9, 0.98), warmup=30, lengths=(2, 8),
+                    loops=(1, 3), handed_on=0.5, center_loss=1.0)
+    return Recipe(**{"name": f"doubling-{machine.name}", "config": parity_config(**model),
+                     "machine": machine, **training, **changes})
+
+
 #: What the recipes that let a position read its own state, and extrapolate by luck, share: the
 #: model, and its training.
 _MODEL: dict[str, Any] = dict(vocab_size=4, max_seq_len=4096, halting="none", loop_embedding=False,
@@ -132,6 +158,8 @@ RECIPES = {recipe.name: recipe for recipe in (
     Recipe("parity-seed", parity_config()),
     recipe_for(machine("parity"), name="parity-extrapolating"),
     *(recipe_for(machine(name), name=f"state-{name}") for name in ("Z5", "S3", "A5", "S5")),
+    *(doubling_recipe(machine(name)) for name in ("parity", "Z5", "S3", "addition")),
+    doubling_recipe(machine("A5-all"), name="doubling-A5"),
     Recipe("parity-carrying", parity_config(**_MODEL, window=4, loop_noise=0.3, start_noise=4.0),
            **_TRAINING),
     Recipe("parity-scan",

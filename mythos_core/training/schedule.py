@@ -12,8 +12,9 @@ def draw(recipe: Recipe, step: int) -> tuple[int, int | None]:
     """String length and loops of a step; loops None: until settled.
 
     A recipe with a machine takes its lengths in turn, shortest first, so that at any step all seeds
-    have strings of one length: several can be trained in one graph, without padding. Other lengths,
-    and loops, are drawn from torch's default generator.
+    have strings of one length: several can be trained in one graph, without padding. That of a
+    dilated model takes its loops in turn, with strings as long as they read. Other lengths, and
+    loops, are drawn from torch's default generator.
     """
     shortest, longest = recipe.lengths
     if recipe.curriculum:
@@ -24,6 +25,9 @@ def draw(recipe: Recipe, step: int) -> tuple[int, int | None]:
     if recipe.loops is None:
         return length, None
     fewest, most = recipe.loops
+    if recipe.config.dilation > 1:
+        n_loops = fewest + step % (most + 1 - fewest)
+        return recipe.config.dilation ** n_loops, n_loops
     most = most if recipe.spare_loops is None else max(
         fewest, min(most, length + recipe.spare_loops))
     return length, int(torch.randint(fewest, most + 1, ()))

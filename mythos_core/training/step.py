@@ -10,9 +10,11 @@ from mythos_core.training.losses import (
     center_loss,
     handing_on,
     mean_loss,
+    means_by,
     move_weights,
     numbered,
     ponder,
+    spread_ratio,
 )
 from mythos_core.training.recipes import Recipe
 from mythos_core.training.run import Run, falling
@@ -24,8 +26,12 @@ def take_step(run: Run, optimizer, step) -> dict:
     model, recipe = run.model.train(), run.recipe
     begin_step(run, optimizer, step)
     length, n_loops = draw(recipe, step)
-    ids, targets = recipe.make_batch(recipe.batch, length, strings=recipe.strings,
+    batch = (recipe.batch if recipe.config.dilation == 1      # or as many letters at each length
+             else recipe.batch * recipe.lengths[1] // length)
+    ids, targets = recipe.make_batch(batch, length, strings=recipe.strings,
                                      device=model.embed.weight.device)
+    if recipe.config.dilation > 1:
+        return _learn(run, optimizer, step, *_scanned(run, ids, n_loops))
     scored = length
     if recipe.reach:
         scored = min(length, int(recipe.reach * sum(recipe.config.shift_growth ** t
@@ -33,8 +39,14 @@ def take_step(run: Run, optimizer, step) -> dict:
     logits, also = _settled(run, ids) if n_loops is None else _looped(run, ids, n_loops)
     logits, targets = logits[:, :scored].flatten(0, 1), targets[:, :scored].flatten()
     weight = move_weights(recipe.machine, ids)[:, :scored].flatten() if recipe.balanced else None
-    loss = (mean_loss(logits, targets, weight) + also
-            + recipe.config.balance_loss * model.recurrent.block.ffn.imbalance)
+    return _learn(run, optimizer, step, logits, targets, also, weight)
+
+
+def _learn(run: Run, optimizer, step, logits: Float[Tensor, "n vocab"], targets: Int[Tensor, "n"],
+           also: Tensor | float, weight: Float[Tensor, "n"] | None = None) -> dict:
+    """Minimise the loss of these answers and what is added to it."""
+    loss = (mean_loss(logits, targets, weight) + also + run.recipe.config.balance_loss
+            * run.model.recurrent.block.ffn.imbalance)
     optimizer.zero_grad()
     loss.backward()
     return end_step(run, optimizer, step, loss, logits.argmax(-1) == targets)
@@ -67,6 +79,27 @@ def _looped(run: Run, ids, n_loops):
         return logits, 0.0
     return logits, run.recipe.ponder_cost * ponder(
         torch.stack([record.halt_weight for record in records]))
+
+
+def _scanned(run: Run, ids, n_loops):
+    """Of a dilated model the logits after each loop, what a string of the letters that a position
+    has read by then is to be answered, and what is added to the loss."""
+    model, recipe, ctx = run.model, run.recipe, run.model.context(ids)
+    monoid, states, also = recipe.machine.monoid(), [], 0.0
+    products = monoid.windows(ids, n_loops, recipe.config.dilation)
+    e = h = model.encode(ids, ctx)
+    for t, product in enumerate(products):
+        h, _ = model.recurrent.step(h, e, t, ctx)
+        states.append(h)
+        label, labels = numbered(product)
+        flat = h.flatten(0, 1), label.flatten(), labels
+        if falling(run):
+            also = also + recipe.center_loss * spread_ratio(*flat) / n_loops
+        means = means_by(*flat).view_as(h)
+        common = torch.rand(*ids.shape, 1, device=ids.device) < recipe.handed_on
+        h = torch.where(common, means, h)
+    logits = model.decode(torch.cat(states, 1), ctx).flatten(0, 1)
+    return logits, monoid.answer.to(ids.device)[torch.cat(products, 1)].flatten(), also
 
 
 def _settled(run: Run, ids):

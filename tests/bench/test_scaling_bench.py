@@ -9,12 +9,23 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.ticker import LogLocator
-from workloads import NEVER, decode, forward, machine_step, mixture, training_step
+from workloads import (
+    NEVER,
+    decode,
+    forward,
+    machine_step,
+    mixture,
+    models,
+    step_of,
+    training_step,
+)
 
 from mythos_core import KVCache, OpenMythos, figures
+from mythos_core.model.config import parity_config
 from mythos_core.proof.certificate import certify
 from mythos_core.tasks.machines import machine as machine_of
 from mythos_core.tasks.parity import make_batch
+from mythos_core.training.recipes import doubling_recipe
 
 RUNS = 5
 run_all = partial(forward, "cpu", loops=4, halt_bias=NEVER)
@@ -41,6 +52,7 @@ SCHEDULES = {"all at once": lambda model, ids: model(ids, ids.shape[1]),
              "pieces of 8": lambda model, ids: model(ids, 8, KVCache(ids.shape[1])),
              "left to right": lambda model, ids: model(ids)}
 LENGTHS = (32, 64, 128, 256, 512)
+LONG = (64, 256, 1024, 4096, 16_384, 65_536)       # of one string
 #: The machines of which a proved model ships, and its name.
 PROVED = {"parity": "parity-extrapolating", **{name: f"state-{name}" for name in
                                                ("Z5", "S3", "A5", "S5")}}
@@ -154,3 +166,39 @@ def test_states_of_the_machine():
     alt = ("Two log-log panels of milliseconds against the states of the machine: a training step, "
            "and the certificate of a proved model")
     figures.save(fig, "bench_states", alt, **measured)
+
+
+def test_a_string_by_doubling_and_from_left_to_right():
+    """One string of S3, whole: by log2(length) loops of the doubling model, by the strict one from
+    left to right, and by the reference at 16 loops, which cannot learn it; with what a training
+    step of the two recipes takes."""
+    figures.use_house_style()
+    shuffles, measured = machine_of("S3"), {}
+    doubling, strict = (OpenMythos.from_pretrained(name) for name in ("doubling-S3", "state-S3"))
+    theirs, _ = models(parity_config(max_seq_len=4096), "cpu", NEVER)
+    for threads in (1, 2):
+        with machine.threads(threads), torch.no_grad():
+            rows = {"doubling": [], "left to right": [], "open-mythos, 16 loops": []}
+            for length in LONG:
+                ids, answers = shuffles.make_batch(1, length, torch.Generator().manual_seed(1))
+                works = [lambda ids=ids: doubling(ids), lambda ids=ids: strict(ids)]
+                assert all((work().argmax(-1) == answers).all() for work in works)
+                if length <= 4096:
+                    works.append(lambda ids=ids: theirs(ids, n_loops=16))
+                for name, time in zip(rows, medians(*works, runs=3)):
+                    rows[name].append(time)
+        measured[f"{threads} threads"] = {"values": LONG, "milliseconds": rows}
+    with machine.threads(1):
+        steps = medians(machine_step("S3"), step_of(doubling_recipe(shuffles), 2))   # 3 loops
+    fig, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+    colours = dict(zip(rows, (figures.COLOURS[name] for name in
+                              ("scan", "extrapolating", "reference"))))
+    for ax, (title, row) in zip(axes, measured.items()):
+        for name, times in row["milliseconds"].items():
+            ax.loglog(LONG[:len(times)], times, "o-", ms=4, color=colours[name], label=name)
+        ax.set(title=f"One string of S3, {title}", xlabel="letters", ylabel="milliseconds")
+        ax.legend()
+    alt = ("Two log-log panels of milliseconds against the letters of one string: doubling far "
+           "below left to right up to tens of thousands of letters")
+    figures.save(fig, "bench_doubling", alt, **measured,
+                 training_step={"strict": steps[0], "doubling": steps[1]})

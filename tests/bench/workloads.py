@@ -136,9 +136,13 @@ def several_seeds(device, name, seeds=8) -> Pair:
 
 def machine_step(name) -> Callable:
     """A training step by a machine's recipe, at its full length, to be called again and again."""
-    recipe = replace(recipe_for(machine_of(name)), curriculum=0.0, lengths=(16, 16))
+    return step_of(replace(recipe_for(machine_of(name)), curriculum=0.0, lengths=(16, 16)), 0)
+
+
+def step_of(recipe, step) -> Callable:
+    """A recipe's training step of that number, to be called again and again."""
     run, optimizer = begin(recipe, 0, "cpu", None, False)
-    return lambda: take_step(run, optimizer, 0)
+    return lambda: take_step(run, optimizer, step)
 
 
 def settled_step(device, length=16) -> Pair:

@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from mythos_core import OpenMythos
 from mythos_core.model.weights import PRETRAINED
 from mythos_core.probes import multiply_adds
-from mythos_core.study import RESULTS, language, unpack
-from mythos_core.study.language import (
-    ARMS,
+from mythos_core.study import RESULTS, language, on_text, unpack
+from mythos_core.study.language import ARMS, language_config, language_recipe, main
+from mythos_core.study.on_text import (
     KINDS,
     LOOPS,
     bits_by_loops,
@@ -21,10 +21,7 @@ from mythos_core.study.language import (
     continuation,
     experts_by_kind,
     kinds_of,
-    language_config,
-    language_recipe,
     loops_until,
-    main,
     settling,
 )
 from mythos_core.tasks.corpus import Corpus, split_files
@@ -102,7 +99,7 @@ def test_the_cost_is_what_torch_counts(arm, n_loops):
 
 @pytest.mark.parametrize("arm", ["reference", "random-loops", "strict"])
 def test_bits_of_one_pass_are_those_of_a_pass_of_each_number_of_loops(arm, monkeypatch):
-    monkeypatch.setattr(language, "AT_ONCE", 2)
+    monkeypatch.setattr(on_text, "AT_ONCE", 2)
     # in float64: an untrained loop that reads its own state grows float32's rounding beyond 1e-5
     model, (ids, targets) = model_of(arm).double(), text()
     each = bits_by_loops(model, ids, targets, [1, 2, 9])
@@ -175,7 +172,8 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("arm", ["strict", "reference"])
 def test_a_run_leaves_its_row_and_the_model_that_the_row_is_about(arm, folder, capsys, monkeypatch):
-    monkeypatch.setattr(language, "CONTEXT", 16)
+    for module in (language, on_text):
+        monkeypatch.setattr(module, "CONTEXT", 16)
     command = ["--arm", arm, "--corpus", str(folder / "texts"), "--dim", "64", "--steps", "3",
                "--windows", "4", "--set", "batch=2", "--set", "config.window=8",
                "--out", str(folder / "out")]

@@ -21,6 +21,7 @@ from mythos_core.training.losses import (
     move_weights,
     numbered,
     ponder,
+    spread_ratio,
 )
 from mythos_core.training.recipes import RECIPES, Recipe, get_recipe, recipe_for
 from mythos_core.training.run import finished
@@ -403,3 +404,52 @@ def test_any_machine_has_a_recipe():
     assert (recipe.lengths[1] <= 16
             and json.loads(json.dumps(recipe.as_dict()))["machine"]["next_state"]
             == [[1, 2, 0], [0, 2, 2], [2, 1, 0]])
+
+
+# Dilated models
+
+def test_a_dilated_model_takes_its_loops_in_turn_and_strings_as_long_as_they_read():
+    recipe, before = get_recipe("doubling-S3"), torch.get_rng_state()
+    drawn = [draw(recipe, step) for step in range(6)]
+    assert drawn == [(2, 1), (4, 2), (8, 3)] * 2
+    assert torch.equal(before, torch.get_rng_state())
+    assert (recipe.lengths[1], recipe.loops[1]) == (8, 3)       # what the pages say of it
+
+
+def test_every_loop_is_asked_for_what_it_has_read():
+    """The machine's answers to the last 2^t letters, as if the string began with them."""
+    asked, recipe = machine("S3"), get_recipe("doubling-S3")
+    run = train_steps(recipe, 3)
+    ids, _ = asked.make_batch(4, 8, torch.Generator().manual_seed(0))
+    logits, targets, also = step._scanned(run, ids, 3)
+    windows = torch.cat(asked.monoid().windows(ids, 3), 1)
+    assert torch.equal(targets, asked.monoid().answer[windows].flatten())
+    assert logits.shape == (3 * 4 * 8, recipe.config.vocab_size) and also == 0.0
+
+
+def train_steps(recipe, steps):
+    run, optimizer = trainer.begin(recipe, 0, None, None, False)
+    for i in range(steps):
+        run.history.append({"step": i, **step.take_step(run, optimizer, i)})
+    return run
+
+
+@pytest.mark.parametrize("seed", [11, 12])
+def test_a_dilated_model_is_trained_until_it_is_proved(seed, tmp_path):
+    run = train("doubling-parity", seed, progress=False, out=tmp_path)
+    assert run.certificate.proved and run.model.config.codes == 2
+    again = OpenMythos.from_pretrained(tmp_path)
+    assert certify(again, machine("parity")).proved
+    kept = json.loads((tmp_path / "certificate.json").read_text(encoding="utf-8"))
+    assert kept["proved"] and kept["routing_margin"] is None    # as JSON has no infinity
+
+
+def test_spread_over_distance_is_small_where_labels_are_apart_and_not_where_all_is_one():
+    label = torch.tensor([0, 0, 1, 1])
+    apart = torch.tensor([[0.0, 0.0], [1.0, 0.0], [10.0, 0.0], [11.0, 0.0]])
+    assert spread_ratio(apart, label, 2) == pytest.approx(0.25 / 100)
+    assert spread_ratio(apart / 1000, label, 2) == pytest.approx(0.25 / 100)   # of no scale
+    assert spread_ratio(apart[[0, 2, 1, 3]], label, 2) > 1
+    states = apart.clone().requires_grad_()
+    spread_ratio(states, label, 2).backward()
+    assert states.grad.isfinite().all()

@@ -1,0 +1,166 @@
+"""Proofs that a dilated model multiplies, and so answers as a machine does on every string.
+
+The theorem. Let a model be dilated with r slots (`DilatedBlock`), its prelude and coda read a
+position's own token alone (a window of 1), and its states be rounded to codes. Let M be the
+transition monoid of a machine, without the empty string, and let `meaning` give each code of a set
+C an element of M. Suppose
+
+1. letters: for 1 <= m <= r letters a_m .. a_1, in this order in a string, the state that one loop
+   makes of the position of a_1, with the others in its slots and nothing in the r - m that are
+   left, is rounded to a code of C that means a_m .. a_1;
+2. products: for 1 <= m <= r codes c_m .. c_1 of C the same gives a code of C that means
+   meaning(c_m) .. meaning(c_1);
+3. rest: nothing acts as the identity: of a single code the same gives that code again;
+4. answers: the model answers for each code of C as the machine does at the end of a string that
+   does what the code means.
+
+Then of every string, of every length L, every answer is right after T >= log_r(L) loops, at least
+one; and from loop log_r(i + 1) on no further loop changes position i.
+
+Proof. After T loops position i holds a code of C that means the product of its last min(r^T, i + 1)
+letters. For T = 1 that is (1): loop 0 reads the positions i, i - 1, .. i - m + 1 that there are.
+If it holds for T, loop T reads those of the positions i - j d, j < r, d = r^T, that there are, say
+m: their products are of stretches of d letters that end where the next begins, and the earliest of
+them has fewer than d letters only if it begins at the start of the string. So their product is of
+the last min(r^(T+1), i + 1) letters, and (2) says that the code means it. Where i + 1 <= r^T only
+the position itself is there, and (3) applies. (4) makes the answer right where i + 1 <= r^T. QED.
+
+Arithmetic is treated as in `proof.certificate`.
+"""
+from itertools import product
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mythos_core.model.model import OpenMythos
+from mythos_core.proof.closure import with_codes
+from mythos_core.proof.margins import Judged, decode, plain_context, routed
+from mythos_core.tasks.automaton import Machine, minimal
+
+MOST_PRODUCTS = 2_000_000
+PART = 8192             # products of one pass
+SEEN_LOOPS = 4          # loops of the strings whose states the codes are means of
+
+Operand = tuple[str, int]       # a letter or a code, ("letter", 0)
+
+
+class Scan:
+    """What a dilated model makes of letters and of codes, closed under the products of up to r of
+    them, and whether that is what the monoid of the machine `asked` for says."""
+
+    def __init__(self, model: OpenMythos, asked: Machine):
+        self.model, self.asked, self.monoid = model, asked, asked.monoid()
+        # on the CPU: not every device has float64
+        self.judged = Judged(with_codes(model, model.recurrent.codes).cpu().double(), model)
+        self.length, self.wrong, self.closed, self.left_out = 0, 0, False, False
+        self.meaning: dict[int, int] = {}                        # code -> element
+        self.follows: dict[tuple[Operand, ...], int] = {}        # operands, the latest last -> code
+        self.answers: dict[int, int] = {}                        # code -> token
+
+    @property
+    def fault(self) -> str:
+        """What is wrong, if something is."""
+        return f"{self.wrong} of {self.contexts} products or their answers are wrong"
+
+    @property
+    def contexts(self) -> int:
+        """Products that were checked."""
+        return len(self.follows)
+
+    @torch.no_grad()
+    def run(self) -> "Scan":
+        """Close the set, unless a product or an answer is wrong or there are too many."""
+        self._multiply([("letter", letter) for letter in range(self.asked.letters)])
+        codes: set[int] = set()
+        while not self.wrong and len(codes) < len(self.meaning):
+            codes = set(self.meaning)
+            slots = self.model.config.dilation
+            if sum(len(codes) ** m for m in range(1, slots + 1)) > MOST_PRODUCTS:
+                return self
+            self._multiply([("code", code) for code in sorted(codes)])
+        if not self.wrong:
+            self._answer(sorted(codes))
+        self.closed = not self.wrong
+        if self.closed:
+            self.judged.measure()
+        return self
+
+    def machine(self) -> Machine:
+        """The minimal machine that the products make up, by the model's own answers."""
+        def moves(code):
+            following = []
+            for letter in range(self.asked.letters):
+                after = self.follows[("letter", letter),]
+                if code is not None:
+                    after = self.follows[("code", code), ("code", after)]
+                following.append((after, self.answers[after]))
+            return following
+
+        return minimal(self.asked.name, None, self.asked.symbols, moves)
+
+    def _multiply(self, operands: list[Operand]):
+        """All products of up to r of these operands that are not known yet."""
+        for size in range(1, self.model.config.dilation + 1):
+            new = [row for row in product(operands, repeat=size) if row not in self.follows]
+            for part in (new[i:i + PART] for i in range(0, len(new), PART)):
+                chosen = self.judged.choose(_multiply, part)
+                for row, code in zip(part, chosen["code"].tolist()):
+                    self.follows[row] = code
+                    self._means(code, self._element(row))
+                    self.wrong += row[0][0] == "code" and size == 1 and row[0][1] != code
+
+    def _element(self, row: tuple[Operand, ...]) -> int:
+        elements = [self.meaning[number] if kind == "code" else int(self.monoid.letters[number])
+                    for kind, number in row]
+        result = elements[0]
+        for element in elements[1:]:
+            result = int(self.monoid.table[result, element])
+        return result
+
+    def _means(self, code: int, element: int):
+        self.wrong += self.meaning.setdefault(code, element) != element
+
+    def _answer(self, codes: list[int]):
+        chosen = self.judged.choose(decode, [[code] for code in codes])
+        self.answers = dict(zip(codes, chosen["answer"].tolist()))
+        self.wrong += sum(answer != int(self.monoid.answer[self.meaning[code]])
+                          for code, answer in self.answers.items())
+
+
+def _multiply(model: OpenMythos, part: list[tuple[Operand, ...]]) -> dict[str, Tensor]:
+    """Scores of codes and experts for the last operand of each row, the others before it: one loop
+    over strings as long as the row, at distance 1."""
+    device = model.embed.weight.device
+    numbers = torch.tensor([[number for _, number in row] for row in part], device=device)
+    loop = model.recurrent
+    if part[0][0][0] == "letter":
+        h = model.encode(numbers + 1, plain_context(model, numbers))
+    else:
+        h = loop.codes[numbers]
+    out, experts = routed(model, lambda: loop.combine(h, 0, plain_context(model, numbers))[0])
+    return {"code": loop.code_scores(out[:, -1:])[:, 0], "experts": experts}
+
+
+@torch.no_grad()
+def codes_by_element(model: OpenMythos, machine: Machine) -> Float[Tensor, "codes dim"]:
+    """For each element that random strings come to the mean of the states that mean it, over all
+    loops; each loop reads such means in place of states, as it will read codes."""
+    generator, device = torch.Generator().manual_seed(0), model.embed.weight.device
+    monoid, r = machine.monoid(), model.config.dilation
+    ids, _ = machine.make_batch(max(64, 4 * len(monoid)), r ** SEEN_LOOPS, generator, device)
+    ctx, states = plain_context(model, ids), []
+    h, products = model.encode(ids, ctx), monoid.windows(ids, SEEN_LOOPS, r)
+    for t, element in enumerate(products):
+        states.append(model.recurrent.combine(h, t, ctx)[0])
+        element = element.flatten()
+        h = _means(states[-1].flatten(0, 1), element, len(monoid))[element].view_as(h)
+    element = torch.stack(products).flatten()
+    means = _means(torch.stack(states).flatten(0, 2), element, len(monoid))
+    return means[element.unique()]
+
+
+def _means(h: Float[Tensor, "n dim"], label: Int[Tensor, "n"],
+           labels: int) -> Float[Tensor, "labels dim"]:
+    sums = h.new_zeros(labels, h.shape[1]).index_add(0, label, h)
+    return sums / label.bincount(minlength=labels).clamp(min=1).unsqueeze(1)
