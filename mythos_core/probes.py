@@ -72,9 +72,9 @@ def cache_bytes(config: MythosConfig, tokens: int, n_loops: int, batch: int = 1,
 
     effective_depth * batch * min(tokens, window - 1) * width * itemsize, where width is 2 *
     n_kv_heads * head_dim for GQA and kv_lora_rank + qk_rope_head_dim for MLA; plus, with token
-    shift, dim / 2 numbers for each of the min(tokens, shift_growth^t) positions that loop t may
-    still look back to. Of a strict model all loops are one entry; plus the states of the last
-    `stride` positions, dim numbers each.
+    shift, dim / 2 numbers for each loop. Of a strict model all loops are one entry; plus the states
+    of the last `stride` positions, dim numbers each. Of a dilated one loop t keeps the last
+    min(tokens, j r^t) positions for each slot j = 1 .. r - 1.
 
     Args:
         rope_key_per_head: what MLA costs if every head stores its own copy of the shared RoPE key,
@@ -84,8 +84,11 @@ def cache_bytes(config: MythosConfig, tokens: int, n_loops: int, batch: int = 1,
     latent = c.kv_lora_rank + c.qk_rope_head_dim * (c.n_heads if rope_key_per_head else 1)
     width = latent if c.attn_type == "mla" else 2 * c.n_kv_heads * (c.dim // c.n_heads)
     cached = tokens if c.window is None else min(tokens, c.window - 1)
-    shift = (sum(min(tokens, c.shift_growth ** t) for t in range(n_loops)) * c.dim // 2
-             if c.token_shift else 0)
+    if c.dilation > 1:
+        slots = sum(min(tokens, j * c.dilation ** t)
+                    for t in range(n_loops) for j in range(1, c.dilation))
+        return batch * itemsize * width * (effective_depth(c, 0) * cached + slots)
+    shift = n_loops * c.dim // 2 if c.token_shift else 0
     entries, state = ((effective_depth(c, 1), min(tokens, c.stride) * c.dim) if c.strict
                       else (effective_depth(c, n_loops), 0))
     return batch * itemsize * (entries * cached * width + shift + state)

@@ -92,12 +92,10 @@ class KVCache:
         """Open a pass; refuse it, with a ValueError, if it differs from the first one in any of the
         named things: in n_loops only where an entry belongs to one loop."""
         made_for["config"] = config
-        loops_differ = {"shift_growth": config.shift_growth > 1, "dilation": config.dilation > 1,
-                        "strict": config.strict}
-        for name in (name for name in loops_differ if loops_differ[name]):
-            if self.loops is not None:
-                raise ValueError(f"kv_cache.loops = {self.loops}: must be None for a model "
-                                 f"whose {name} = {getattr(config, name)}")
+        if self.loops is not None and config.one_map:
+            name = "strict" if config.strict else "dilation"
+            raise ValueError(f"kv_cache.loops = {self.loops}: must be None for a model "
+                             f"whose {name} = {getattr(config, name)}")
         if self.loops is not None and n_loops < self.loops:
             raise ValueError(f"n_loops = {n_loops}: must be at least kv_cache.loops = "
                              f"{self.loops}, or an entry stays empty")

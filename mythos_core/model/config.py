@@ -12,7 +12,7 @@ RULES = {
     **dict.fromkeys(
         ["vocab_size", "dim", "n_heads", "n_kv_heads", "max_loop_iters", "kv_lora_rank",
          "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "n_experts",
-         "n_experts_per_tok", "expert_dim", "max_output_tokens", "shift_growth", "min_loops",
+         "n_experts_per_tok", "expert_dim", "max_output_tokens", "min_loops",
          "stride", "dilation"],
         (lambda x: x >= 1, "at least 1")),
     **dict.fromkeys(
@@ -89,9 +89,6 @@ class MythosConfig:
     window: int | None = None
     # in the loop, half of the channels come from the previous position (RWKV, Peng et al. 2023)
     token_shift: bool = False
-    # at loop t the shift brings position i - shift_growth^t: 1 = always the neighbour, 2 = a scan
-    # (Hillis & Steele 1986)
-    shift_growth: int = 1
     rope: bool = True                # False: no position signal, "NoPE" (Kazemnejad et al. 2023)
     # weights ~ N(0, init_std^2); the working recipe needs dim ** -0.5
     init_std: float = 0.02
@@ -124,8 +121,6 @@ class MythosConfig:
                       "a number unless rope = False")
         self._require("dim", not self.token_shift or self.dim % 2 == 0,
                       "even when token_shift is on")
-        self._require("shift_growth", self.token_shift or self.shift_growth == 1,
-                      "1 when token_shift is off")
         self._check_codes()
         self._check_strict()
         self._check_dilated()

@@ -165,8 +165,7 @@ class RecurrentBlock(nn.Module):
         z = self.norm(h + e if embedding is None else (h + e).add_(embedding[t]))
         if self.config.token_shift:
             here, there = z.chunk(2, -1)
-            distance = self.config.shift_growth ** t
-            z = torch.cat([here, previous(there, ctx, layer, "shift", distance)], -1)
+            z = torch.cat([here, previous(there, ctx, layer, "shift")], -1)
         out, expert_ids = self.block(self.noisy(z), ctx, layer)
         out = out if self.lora is None else self.lora(out, t)
         out = out if not self.config.carry else self.injection(h, e, out, A)

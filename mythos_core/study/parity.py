@@ -1,6 +1,5 @@
 """Measures of trainings on parity: how long a string is right, in how many loops; how experts are
 used; what is generated. Each takes a finished training and returns a dict."""
-import math
 
 import torch
 from jaxtyping import Bool, Int
@@ -19,22 +18,14 @@ from mythos_core.tasks.parity import answers, continuation, make_batch, structur
 from mythos_core.training import Run
 from mythos_core.training.recipes import Recipe
 
-# loops given to strings of each length; a scan gets 2 log2(length)
+# loops given to strings of each length
 LOOPS = {16: 32, 64: 96, 256: 300, 512: 600, 1024: 1100}
 TOKENS = 2048  # of a pass: what they need between two operations stays in the processor's cache
 
 
-def span(recipe: Recipe, length: int) -> int:
-    """Loops in which the token shift alone brings news from the first to the last of `length`
-    positions."""
-    return (length if recipe.config.shift_growth == 1
-            else math.ceil(math.log(length, recipe.config.shift_growth)))
-
-
 def loops_for(recipe: Recipe, length: int) -> int:
     """Loops given to strings of a length: one if the recipe does not loop."""
-    return (1 if recipe.loops[1] == 1 else LOOPS[length] if recipe.config.shift_growth == 1
-            else 2 * span(recipe, length))
+    return 1 if recipe.loops[1] == 1 else LOOPS[length]
 
 
 @torch.no_grad()

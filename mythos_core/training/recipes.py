@@ -50,8 +50,7 @@ class Recipe:
     group: str = "Z2"                       # of `groups.group`; Z2 is prefix parity
     generators: bool = False                # of `Group.make_batch`, as
     strings: str = "uniform"
-    # score only as far as T loops reach: `reach` times the way the token shift goes in them,
-    # 1 + g + ... + g^(T - 1) with g = shift_growth; None = all positions. This sets the speed
+    # score only as far as T loops reach: `reach` * T positions; None = all. This sets the speed
     # that is learned: what is scored must be answered in time
     reach: float | None = None
     # each move of the machine counts the same in a batch's loss, however rare; else each position
@@ -162,10 +161,6 @@ RECIPES = {recipe.name: recipe for recipe in (
     doubling_recipe(machine("A5-all"), name="doubling-A5"),
     Recipe("parity-carrying", parity_config(**_MODEL, window=4, loop_noise=0.3, start_noise=4.0),
            **_TRAINING),
-    Recipe("parity-scan",
-           parity_config(**_MODEL, window=1, shift_growth=2, loop_noise=0.4, carry=False),
-           steps=900, **{**_TRAINING, "batch": 32, "decay": 0.4, "lengths": (2, 16),
-                         "loops": (1, 5), "reach": 1.0}),
     *(_carrying(name, steps) for name, steps in
       {"Z2": 600, "Z5": 1500, "S3": 1500, "A5": 2200, "S5": 3200}.items()),
 )}

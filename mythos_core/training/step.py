@@ -34,8 +34,7 @@ def take_step(run: Run, optimizer, step) -> dict:
         return _learn(run, optimizer, step, *_scanned(run, ids, n_loops))
     scored = length
     if recipe.reach:
-        scored = min(length, int(recipe.reach * sum(recipe.config.shift_growth ** t
-                                                    for t in range(n_loops))))
+        scored = min(length, int(recipe.reach * n_loops))
     logits, also = _settled(run, ids) if n_loops is None else _looped(run, ids, n_loops)
     logits, targets = logits[:, :scored].flatten(0, 1), targets[:, :scored].flatten()
     weight = move_weights(recipe.machine, ids)[:, :scored].flatten() if recipe.balanced else None

@@ -3,12 +3,13 @@ import torch
 from conftest import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import DILATED, STRICT
 
 from mythos_core import KVCache, OpenMythos
 from mythos_core.model.config import tutorial_config
 from mythos_core.probes import cache_bytes
 
-shifts = st.sampled_from([{}, {"token_shift": True}, {"token_shift": True, "shift_growth": 2}])
+shifts = st.sampled_from([{}, {"token_shift": True}])
 configs = st.builds(lambda shift, attn, **more: tiny(attn, **shift, **more), shifts,
                     st.sampled_from(["gqa", "mla"]), window=st.sampled_from([None, 1, 2, 5, 40]),
                     halting=st.sampled_from(["act", "act_remainder", "none"]),
@@ -69,7 +70,7 @@ def test_one_entry_for_all_loops_is_a_plain_transformers_cache_where_states_do_n
 
 @pytest.mark.parametrize("config, loops, n_loops, named",
                          [(dict(), 0, 3, "loops = 0"), (dict(), 4, 3, "n_loops = 3"),
-                          (dict(token_shift=True, shift_growth=2), 1, 3, "shift_growth")])
+                          (STRICT, 1, 3, "strict"), (DILATED, 1, 3, "dilation")])
 def test_sharing_refuses_what_it_cannot_do(config, loops, n_loops, named):
     with pytest.raises(ValueError, match=named):
         OpenMythos(tiny(**config)).eval()(torch.ones(1, 4, dtype=torch.int64), n_loops,

@@ -201,6 +201,3 @@ def test_one_loop_reaches_no_further_than_its_window():
         model = OpenMythos(tiny(window=3, token_shift=shift, halting="none", init_std=0.3)).eval()
         differs = (model(ids, 4) != model(changed, 4)).any(-1)[0].nonzero().max()
         assert differs == 2 * (1 + 4 + 1) + 4 * shift
-    scan = OpenMythos(tiny(window=1, token_shift=True, shift_growth=2, halting="none",
-                           init_std=0.3)).eval()
-    assert (scan(ids, 4) != scan(changed, 4)).any(-1)[0].nonzero().max() == 1 + 2 + 4 + 8
