@@ -33,8 +33,8 @@ class SlotAttention(GQA):
         c, d = self.config, self.head_dim
         q, kv = self.qkv(x).split_with_sizes([c.n_heads * d, 2 * c.n_kv_heads * d], -1)
         before = F.linear(self.start, self.qkv.weight[c.n_heads * d:])       # (1, 2 KV d)
-        slots = [kv] + [previous(kv, ctx, layer, f"slot {j}", j * distance,
-                                 before.expand(j * distance, -1)) for j in range(1, c.dilation)]
+        slots = [kv] + [previous(kv, ctx, layer, f"slot {j}", j * distance, before)
+                        for j in range(1, c.dilation)]
         # (B, S, r, KV, d)
         k, v = torch.stack(slots, 2).unflatten(-1, (2, c.n_kv_heads, d)).unbind(3)
         turn = rope_table(0, c.dilation, c.n_kv_heads, d, c.rope_theta, x)

@@ -109,16 +109,17 @@ class LoopLoRA(nn.Module):
 
 
 def previous(x: Float[Tensor, "batch seq width"], ctx: Context, layer: str, name: str,
-             distance: int = 1, start: Float[Tensor, "distance width"] | None = None
+             distance: int = 1, start: Float[Tensor, "rows width"] | None = None
              ) -> Float[Tensor, "batch seq width"]:
-    """x from `distance` positions before, and before the first `start`, or zeros; what the cache
-    remembers of x in `layer` by `name` lies before it."""
+    """x from `distance` positions before, and before the first `start`, of `distance` rows or of
+    one for all, or zeros; what the cache remembers of x in `layer` by `name` lies before it."""
     past = ctx.remember(layer, name, x, keep=distance)           # (B, up to distance + S, width)
     missing = min(distance + x.shape[1] - past.shape[1], x.shape[1])   # that look before the first
     if start is None or missing <= 0:
         return F.pad(past, (0, 0, missing, 0))[:, :x.shape[1]]
     read = past.shape[1] - x.shape[1]                            # positions, all before this pass
-    first = start[read:read + missing].expand(len(x), -1, -1)
+    first = start.expand(missing, -1) if len(start) == 1 else start[read:read + missing]
+    first = first.expand(len(x), -1, -1)
     return torch.cat([first, past], 1)[:, :x.shape[1]]
 
 

@@ -148,7 +148,8 @@ def codes_by_element(model: OpenMythos, machine: Machine) -> Float[Tensor, "code
     loops; each loop reads such means in place of states, as it will read codes."""
     generator, device = torch.Generator().manual_seed(0), model.embed.weight.device
     monoid, r = machine.monoid(), model.config.dilation
-    ids, _ = machine.make_batch(max(64, 4 * len(monoid)), r ** SEEN_LOOPS, generator, device)
+    ids, _ = machine.make_batch(max(64, 4 * len(monoid)), r ** SEEN_LOOPS, generator, device,
+                                "touring" if machine.strings.has_traps else "uniform")
     ctx, states = plain_context(model, ids), []
     h, products = model.encode(ids, ctx), monoid.windows(ids, SEEN_LOOPS, r)
     for t, element in enumerate(products):

@@ -99,6 +99,11 @@ class Strings:
         rank = (2 * best[self.next_state] + stays).masked_fill(self.answer == NOT_ASKED, -1)
         return rank == rank.amax(1, keepdim=True)
 
+    @property
+    def has_traps(self) -> bool:
+        """Whether some letters lead into a trap, where random strings then end."""
+        return not bool(self.open_letters.all())
+
     def distance(self, allowed: Bool[Tensor, "states letters"]) -> Int[Tensor, "states states"]:
         """Letters of a shortest string of `allowed` ones from a state to a state; as many as there
         are states where there is none."""

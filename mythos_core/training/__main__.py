@@ -3,6 +3,7 @@
     python -m mythos_core.training --recipe parity-extrapolating --seed 0 --out build/run
     python -m mythos_core.training --machine 'regex:(ab)*c' --seed 0 --out build/run
     python -m mythos_core.training --machine S3 --seed 0:8 --out build/eight
+    python -m mythos_core.training --machine D4 --doubling --seed 0 --out build/doubling
 """
 import argparse
 import time
@@ -14,7 +15,7 @@ import torch
 from mythos_core import figures
 from mythos_core.model.model import OpenMythos
 from mythos_core.tasks.machines import machine
-from mythos_core.training.recipes import RECIPES, Recipe, get_recipe, recipe_for
+from mythos_core.training.recipes import RECIPES, Recipe, doubling_recipe, get_recipe, recipe_for
 from mythos_core.training.run import NotProved, Run
 from mythos_core.training.step import take_step
 from mythos_core.training.together import train_together
@@ -62,6 +63,9 @@ def main(argv=None):
     what.add_argument("--recipe", help=f"one of {sorted(RECIPES)}")
     what.add_argument("--machine", help="train until it is proved to be this machine, such as S3, "
                                         "even-pairs, divisible-by-7, or 'regex:(ab)*c'")
+    parser.add_argument("--doubling", action="store_true",
+                        help="train a loop for --machine that doubles its reach with each loop, "
+                             "not a strict one")
     parser.add_argument("--seed", type=seeds, default=[0], metavar="SEED",
                         help="a number; or of a machine's recipe FIRST:END, trained together, each "
                              "into its own folder of --out")
@@ -73,10 +77,14 @@ def main(argv=None):
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     args = parser.parse_args(argv)
     try:
-        recipe = get_recipe(args.recipe) if args.recipe else recipe_for(machine(args.machine))
+        make = doubling_recipe if args.doubling else recipe_for
+        recipe = get_recipe(args.recipe) if args.recipe else make(machine(args.machine))
         recipe = replace(recipe, **({} if args.steps is None else {"steps": args.steps}))
         check(recipe, args.seed[0], args.device)
         seconds = pace(recipe, args.device)
+        if recipe.config.dilation > 1:
+            elements = len(recipe.machine.monoid())
+            print(f"{recipe.name}: {elements:,} elements, {elements ** 2 + elements:,} products")
         print(f"{recipe.name}: at most {recipe.steps:,} steps, which take "
               f"{recipe.steps * seconds / 60:.1f} minutes here for one seed")
         how = dict(device=args.device, out=args.out, resume=args.resume)

@@ -130,7 +130,8 @@ def doubling_recipe(machine: Machine, **changes) -> Recipe:
     model |= {name.removeprefix("config."): changes.pop(name)
               for name in list(changes) if name.startswith("config.")}
     training = dict(steps=4000, batch=64, lr=4e-3, betas=(0.9, 0.98), warmup=30, lengths=(2, 8),
-                    loops=(1, 3), handed_on=0.5, center_loss=1.0)
+                    loops=(1, 3), handed_on=0.5, center_loss=1.0,
+                    strings="touring" if machine.strings.has_traps else "uniform")
     return Recipe(**{"name": f"doubling-{machine.name}", "config": parity_config(**model),
                      "machine": machine, **training, **changes})
 
