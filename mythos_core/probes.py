@@ -52,7 +52,8 @@ def effective_depth(config: MythosConfig, n_loops: int) -> int:
 def multiply_adds(model: OpenMythos, n_loops: int, keys: float) -> float:
     """Multiplications, each with its addition, that one token costs: one for each number of the
     matrices that it meets, those of the loop n_loops times and of the routed experts only those
-    chosen, and 2 * keys * dim in each attention for the scores and the sum over `keys` values.
+    chosen, and 2 * keys * dim in each attention for the scores and the sum over `keys` values; a
+    dilated loop's attention has as many keys as slots.
 
     For GQA. Norms, softmax and what else goes by channel are left out.
     """
@@ -62,8 +63,8 @@ def multiply_adds(model: OpenMythos, n_loops: int, keys: float) -> float:
     looped = sum(n for name, n in matrices.items() if name.startswith("recurrent."))
     idle = (parameters_by_component(model)["routed experts"]
             * (c.n_experts - c.n_experts_per_tok) // c.n_experts)
-    return (sum(matrices.values()) - looped + n_loops * (looped - idle)
-            + effective_depth(c, n_loops) * 2 * keys * c.dim)
+    read = effective_depth(c, 0) * keys + n_loops * (c.dilation if c.dilation > 1 else keys)
+    return sum(matrices.values()) - looped + n_loops * (looped - idle) + 2 * read * c.dim
 
 
 def cache_bytes(config: MythosConfig, tokens: int, n_loops: int, batch: int = 1,

@@ -135,7 +135,8 @@ class MythosConfig:
                       f"a multiple of n_heads = {self.n_heads}")
         self._require("n_heads", self.n_heads % self.n_kv_heads == 0,
                       f"a multiple of n_kv_heads = {self.n_kv_heads}")
-        self._require("dim", not self.rope or self.rope_dim % 2 == 0,
+        turned = self.rope or self.dilation > 1                  # slots are told apart by RoPE too
+        self._require("dim", not turned or self.rope_dim % 2 == 0,
                       f"an even number times n_heads = {self.n_heads}, so that RoPE has pairs")
 
     def _check_strict(self):
@@ -157,8 +158,8 @@ class MythosConfig:
         their own."""
         if self.dilation == 1:
             return
-        for name, wanted in (("strict", False), ("attn_type", "gqa"), ("rope", False),
-                             ("carry", False), ("token_shift", False)):
+        for name, wanted in (("strict", False), ("attn_type", "gqa"), ("carry", False),
+                             ("token_shift", False)):
             self._require(name, getattr(self, name) == wanted,
                           f"{wanted!r} when dilation = {self.dilation}")
         self._require_one_map(f"dilation = {self.dilation}")

@@ -1,5 +1,4 @@
 """The loop whose reach grows by a factor with each loop: attention over positions r^t apart."""
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -54,8 +53,8 @@ class DilatedBlock(RecurrentBlock):
 
     Two things hold, for any weights (tests/model/test_dilated.py):
 
-    1. After loop t = 0, 1, .. position i depends on the last r^(t+1) positions up to i alone, and
-       on all of them: T loops read r^T positions.
+    1. After loop t = 0, 1, .. position i depends on the last r^(t+1) positions up to i, and on no
+       other: T loops read r^T positions.
     2. From loop t >= log_r(length) on all slots but a position's own lie before the start. Every
        loop is then the same map of each state by itself, and one that changes nothing is the last
        that matters.

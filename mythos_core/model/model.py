@@ -105,8 +105,8 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
         if c.dilation == 1:
             return c.max_loop_iters
         if kv_cache is None:
-            return self.recurrent.loops_for(ids.shape[-1]) + (c.halting == "settled")
-        most, length = c.dilation ** c.max_loop_iters, kv_cache.length + ids.shape[-1]
+            return self.recurrent.loops_for(ids.shape[1:].numel()) + (c.halting == "settled")
+        most, length = c.dilation ** c.max_loop_iters, kv_cache.length + ids.shape[1:].numel()
         _require(length <= most, "sequence length", length,
                  f"at most dilation ** max_loop_iters = {most} where n_loops is not given")
         return c.max_loop_iters
@@ -181,7 +181,7 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
         n_loops = None if self.config.strict and not use_cache else n_loops
         for _ in range(max_new_tokens):
             unread = ids[:, cache.length:] if use_cache else ids
-            logits = self(unread, n_loops, cache, observer)[:, -1].float()  # (B, vocab)
+            logits = self(unread, n_loops, cache, observer)[:, -1]          # (B, vocab)
             ids = torch.cat([ids, _sample(logits, temperature, top_k, generator)], 1)
         return ids
 
@@ -248,7 +248,7 @@ def _sample(logits, temperature, top_k, generator):
         return logits.argmax(-1, keepdim=True)
     top_k = min(top_k, logits.shape[-1]) or logits.shape[-1]
     top, tokens = (logits / temperature).topk(top_k, -1)
-    share = top.softmax(-1)
+    share = top.softmax(-1, dtype=torch.promote_types(top.dtype, torch.float32))
     if generator is not None:                                    # which draws on its own device
         share = share.to(generator.device)
     chosen = torch.multinomial(share, 1, generator=generator)

@@ -106,7 +106,6 @@ def certify(model: OpenMythos, machine: Machine,
             has no room for the machine.
     """
     _check(model, machine)
-    model = model.eval()
     if codes is None and model.recurrent.codes is not None:
         codes = model.recurrent.codes
     bare = with_codes(model, None)
@@ -123,9 +122,12 @@ def automaton(model: OpenMythos, letters: int) -> Machine | None:
     """The minimal machine that a model with codes is, right or wrong, as read off its own answers;
     None if its contexts, over `letters` letters, are too many to close. ValueError as `certify`."""
     _check(model)
+    if model.config.dilation > 1:
+        raise ValueError(f"model.config.dilation = {model.config.dilation}: must be 1, "
+                         "since no letter is read behind a state; `certify` reads a machine off")
     if model.recurrent.codes is None:
         raise ValueError("model.config.codes = 0: must be above 0; `certify` finds some")
-    closure = Closure(model.eval(), letters).run()
+    closure = Closure(with_codes(model, model.recurrent.codes), letters).run()
     return closure.machine() if closure.closed else None
 
 
@@ -136,6 +138,8 @@ def _check(model, machine=None):
         if getattr(c, name) != value:
             raise ValueError(f"model.config.{name} = {getattr(c, name)}: "
                              f"must be {value} for a certificate")
+    if model.head.weight is not model.embed.weight:
+        raise ValueError("model.head.weight: must be model.embed.weight for a certificate")
     if c.window is None:
         raise ValueError("model.config.window = None: must be a number for a certificate")
     if machine is not None and machine.vocab_size > c.vocab_size:

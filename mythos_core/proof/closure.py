@@ -22,8 +22,9 @@ START: Context = ((), ())                          # what the first position has
 
 def with_codes(model: OpenMythos, codes: Tensor | None) -> OpenMythos:
     """A copy of the model that rounds its states to these codes."""
-    copy = OpenMythos(replace(model.config, codes=0 if codes is None else len(codes))).to(
-        model.embed.weight)
+    with torch.random.fork_rng(devices=[]):          # weights are drawn, only to be replaced
+        copy = OpenMythos(replace(model.config, codes=0 if codes is None else len(codes)))
+    copy = copy.to(model.embed.weight)
     weights = {name: tensor for name, tensor in model.state_dict().items()
                if name != "recurrent.codes"}
     copy.load_state_dict(weights if codes is None else {**weights, "recurrent.codes": codes})

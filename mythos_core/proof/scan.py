@@ -2,31 +2,37 @@
 
 The theorem. Let a model be dilated with r slots (`DilatedBlock`), its prelude and coda read a
 position's own token alone (a window of 1), and its states be rounded to codes. Let M be the
-transition monoid of a machine, without the empty string, and let `meaning` give each code of a set
-C an element of M. Suppose
+transition monoid of a machine, without the empty string, and let `meaning` give codes elements of
+M. Suppose
 
 1. letters: for 1 <= m <= r letters a_m .. a_1, in this order in a string, the state that one loop
    makes of the position of a_1, with the others in its slots and nothing in the r - m that are
-   left, is rounded to a code of C that means a_m .. a_1;
-2. products: for 1 <= m <= r codes c_m .. c_1 of C the same gives a code of C that means
-   meaning(c_m) .. meaning(c_1);
-3. rest: nothing acts as the identity: of a single code the same gives that code again;
-4. answers: the model answers for each code of C as the machine does at the end of a string that
-   does what the code means.
+   left, is rounded to a code that means a_m .. a_1. Let F_1 have the codes of all r letters, and
+   P_1 those of all m <= r;
+2. products: for T = 1, 2, .. and codes c_r .. c_1 of F_T the same gives a code that means
+   meaning(c_r) .. meaning(c_1), and F_(T+1) has these codes; for 2 <= m <= r, c_m of P_T and the
+   others of F_T it does so too, and P_(T+1) has these codes and those of P_T. The pair of sets of
+   codes comes again at some T, and with it all that follows;
+3. rest: nothing acts as the identity: of a single code of P_T the same gives that code again;
+4. answers: the model answers for each code of any P_T as the machine does at the end of a string
+   that does what the code means.
 
 Then of every string, of every length L, every answer is right after T >= log_r(L) loops, at least
-one; and from loop log_r(i + 1) on no further loop changes position i.
+one; and after max(1, log_r(i + 1)) loops no further loop changes position i, from 0.
 
-Proof. After T loops position i holds a code of C that means the product of its last min(r^T, i + 1)
-letters. For T = 1 that is (1): loop 0 reads the positions i, i - 1, .. i - m + 1 that there are.
-If it holds for T, loop T reads those of the positions i - j d, j < r, d = r^T, that there are, say
-m: their products are of stretches of d letters that end where the next begins, and the earliest of
-them has fewer than d letters only if it begins at the start of the string. So their product is of
-the last min(r^(T+1), i + 1) letters, and (2) says that the code means it. Where i + 1 <= r^T only
-the position itself is there, and (3) applies. (4) makes the answer right where i + 1 <= r^T. QED.
+Proof. After T loops position i holds a code that means the product of its last min(r^T, i + 1)
+letters. If i + 1 >= r^T it is one of F_T, and if i + 1 <= r^T, so that these letters are all that
+there are up to i, one of P_T. For T = 1 that is (1): loop 0 reads the positions i, i - 1, ..
+i - m + 1 that there are. If it holds for T, loop T reads those of the positions i - j d, j < r,
+d = r^T, that there are, say m: stretches of d letters, each of which ends where the next begins. If
+the earliest is of d letters and m = r, all are of F_T. Else it begins at the start of the string
+and is of P_T, and the others are of F_T. So (2) gives the code of the product of the last
+min(r^(T+1), i + 1) letters. Where i + 1 <= r^T only the position itself is there, and (3) applies;
+(4) makes its answer right. QED.
 
 Arithmetic is treated as in `proof.certificate`.
 """
+from collections.abc import Iterable, Sequence
 from itertools import product
 
 import torch
@@ -71,38 +77,53 @@ class Scan:
     @torch.no_grad()
     def run(self) -> "Scan":
         """Close the set, unless a product or an answer is wrong or there are too many."""
-        self._multiply([("letter", letter) for letter in range(self.asked.letters)])
-        codes: set[int] = set()
-        while not self.wrong and len(codes) < len(self.meaning):
-            codes = set(self.meaning)
-            slots = self.model.config.dilation
-            if sum(len(codes) ** m for m in range(1, slots + 1)) > MOST_PRODUCTS:
+        r, letters = self.model.config.dilation, range(self.asked.letters)
+        if len(letters) ** r > MOST_PRODUCTS:
+            return self
+        rows = [tuple(("letter", a) for a in row) for m in range(1, r + 1)
+                for row in product(letters, repeat=m)]
+        self._multiply(rows)
+        prefixes = {self.follows[row] for row in rows}           # P_T, and F_T
+        full, met = {self.follows[row] for row in rows if len(row) == r}, set()
+        while not self.wrong and (frozenset(full), frozenset(prefixes)) not in met:
+            met.add((frozenset(full), frozenset(prefixes)))
+            if len(full | prefixes) * len(full) ** (r - 1) > MOST_PRODUCTS:
                 return self
-            self._multiply([("code", code) for code in sorted(codes)])
+            of_full = _rows([full] * r)
+            begun = [row for m in range(2, r + 1) for row in _rows([prefixes] + [full] * (m - 1))]
+            self._multiply([*of_full, *begun, *_rows([prefixes])])
+            full = {self.follows[row] for row in of_full}
+            prefixes |= {self.follows[row] for row in begun}
         if not self.wrong:
-            self._answer(sorted(codes))
+            self._answer(sorted(prefixes))
         self.closed = not self.wrong
         if self.closed:
             self.judged.measure()
         return self
 
-    def machine(self) -> Machine:
-        """The minimal machine that the products make up, by the model's own answers."""
+    @torch.no_grad()
+    def machine(self) -> Machine | None:
+        """The minimal machine that the model's own products and answers make up, letter by letter:
+        a code with a letter leads to the product of the two. None if that is a code which no string
+        leads to: doubling need not multiply so."""
+        alone = [self.follows[("letter", letter),] for letter in range(self.asked.letters)]
+        rows = _rows([self.answers, alone])
+        self._multiply(rows)
+        if not {self.follows[row] for row in rows} <= self.answers.keys():
+            return None
+
         def moves(code):
-            following = []
-            for letter in range(self.asked.letters):
-                after = self.follows[("letter", letter),]
-                if code is not None:
-                    after = self.follows[("code", code), ("code", after)]
-                following.append((after, self.answers[after]))
-            return following
+            after = alone if code is None else [
+                self.follows[("code", code), ("code", letter)] for letter in alone]
+            return [(state, self.answers[state]) for state in after]
 
         return minimal(self.asked.name, None, self.asked.symbols, moves)
 
-    def _multiply(self, operands: list[Operand]):
-        """All products of up to r of these operands that are not known yet."""
-        for size in range(1, self.model.config.dilation + 1):
-            new = [row for row in product(operands, repeat=size) if row not in self.follows]
+    def _multiply(self, rows: list[tuple[Operand, ...]]):
+        """These products, if they are not known yet."""
+        for size in sorted({len(row) for row in rows}):
+            new = [row for row in dict.fromkeys(rows)
+                   if len(row) == size and row not in self.follows]
             for part in (new[i:i + PART] for i in range(0, len(new), PART)):
                 chosen = self.judged.choose(_multiply, part)
                 for row, code in zip(part, chosen["code"].tolist()):
@@ -126,6 +147,11 @@ class Scan:
         self.answers = dict(zip(codes, chosen["answer"].tolist()))
         self.wrong += sum(answer != int(self.monoid.answer[self.meaning[code]])
                           for code, answer in self.answers.items())
+
+
+def _rows(operands: Sequence[Iterable[int]]) -> list[tuple[Operand, ...]]:
+    """Every choice of a code from each of the sets, in their order."""
+    return [tuple(("code", code) for code in row) for row in product(*map(sorted, operands))]
 
 
 def _multiply(model: OpenMythos, part: list[tuple[Operand, ...]]) -> dict[str, Tensor]:

@@ -38,6 +38,11 @@ class Machine:
     symbols: tuple[str, ...] = ()
 
     def __post_init__(self):
+        for name in ("next_state", "answer"):        # a caller's table may change
+            table = getattr(self, name)
+            if table.dtype != torch.int64:
+                raise ValueError(f"{name}.dtype = {table.dtype}: must be torch.int64")
+            object.__setattr__(self, name, table.clone())
         table, states = self.next_state, len(self.next_state)
         if table.dim() != 2 or not table.numel() or table.shape != self.answer.shape:
             raise ValueError(f"next_state, answer: of shapes {tuple(table.shape)}, "

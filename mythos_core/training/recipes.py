@@ -64,6 +64,11 @@ class Recipe:
     corpus: Corpus | None = None            # the task is its next byte, and `strings` the split
 
     @property
+    def scans(self) -> bool:
+        """Whether a dilated model is trained to multiply what letters do to the machine."""
+        return self.machine is not None and self.config.dilation > 1
+
+    @property
     def make_batch(self):
         """`make_batch` of the recipe's corpus or machine, or of its group with its alphabet."""
         if self.corpus is not None:

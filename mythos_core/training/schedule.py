@@ -25,7 +25,7 @@ def draw(recipe: Recipe, step: int) -> tuple[int, int | None]:
     if recipe.loops is None:
         return length, None
     fewest, most = recipe.loops
-    if recipe.config.dilation > 1:
+    if recipe.scans:
         n_loops = fewest + step % (most + 1 - fewest)
         return recipe.config.dilation ** n_loops, n_loops
     most = most if recipe.spare_loops is None else max(

@@ -26,11 +26,11 @@ def take_step(run: Run, optimizer, step) -> dict:
     model, recipe = run.model.train(), run.recipe
     begin_step(run, optimizer, step)
     length, n_loops = draw(recipe, step)
-    batch = (recipe.batch if recipe.config.dilation == 1      # or as many letters at each length
-             else recipe.batch * recipe.lengths[1] // length)
+    # of a scan as many letters at each length
+    batch = recipe.batch * recipe.lengths[1] // length if recipe.scans else recipe.batch
     ids, targets = recipe.make_batch(batch, length, strings=recipe.strings,
                                      device=model.embed.weight.device)
-    if recipe.config.dilation > 1:
+    if recipe.scans:
         return _learn(run, optimizer, step, *_scanned(run, ids, n_loops))
     scored = length
     if recipe.reach:
@@ -97,8 +97,9 @@ def _scanned(run: Run, ids, n_loops):
         means = means_by(*flat).view_as(h)
         common = torch.rand(*ids.shape, 1, device=ids.device) < recipe.handed_on
         h = torch.where(common, means, h)
-    logits = model.decode(torch.cat(states, 1), ctx).flatten(0, 1)
-    return logits, monoid.answer.to(ids.device)[torch.cat(products, 1)].flatten(), also
+    logits = model.decode(torch.cat(states, 1), model.context(ids.repeat(1, n_loops)))
+    targets = monoid.answer.to(ids.device)[torch.cat(products, 1)]
+    return logits.flatten(0, 1), targets.flatten(), also
 
 
 def _settled(run: Run, ids):

@@ -174,8 +174,9 @@ def test_a_cache_of_fewer_entries_than_loops_is_refused():
 
 
 @pytest.mark.parametrize(("field", "value"), [
-    ("strict", True), ("attn_type", "mla"), ("rope", True), ("carry", True), ("halting", "act"),
-    ("loop_embedding", True), ("lora_rank", 2), ("token_shift", True), ("dilation", 0)])
+    ("strict", True), ("attn_type", "mla"), ("carry", True), ("halting", "act"),
+    ("loop_embedding", True), ("lora_rank", 2), ("token_shift", True), ("dilation", 0),
+    ("dim", 14)])
 def test_what_makes_no_sense_is_refused(field, value):
     with pytest.raises(ValueError, match=rf"MythosConfig\.{field} = "):
         replace(dilated_model(max_seq_len=64).config, **{field: value})

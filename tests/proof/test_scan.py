@@ -7,9 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mythos_core import OpenMythos, certify, machine
+from mythos_core.proof import automaton
 from mythos_core.proof.scan import Scan
 from mythos_core.tasks import Machine
 from mythos_core.tasks.monoid import monoid_of
+
+pytestmark = pytest.mark.usefixtures("without_shape_checks")
 
 SHIPPED = ["parity", "Z5", "S3", "addition", "A5-all"]
 
@@ -150,6 +153,84 @@ def test_a_model_whose_prelude_reads_other_positions_is_refused(window):
     config = replace(shipped("parity").config, codes=0, window=window)
     with pytest.raises(ValueError, match=f"window = {window}: must be 1 for a certificate"):
         certify(OpenMythos(config), machine("parity"))
+
+
+def scan_of_a_model_that_multiplies(asked, r=2):
+    """The scan of a model of whose codes number k stands for element k, right everywhere."""
+    monoid = asked.monoid()
+    config = replace(shipped("parity").config, codes=len(monoid), dilation=r,
+                     vocab_size=max(4, asked.vocab_size))
+    scan = Scan(OpenMythos(config), asked)
+
+    def choose(evaluate, part):
+        if evaluate.__name__ == "decode":
+            return {"answer": monoid.answer[[code for (code,) in part]]}
+        return {"code": torch.tensor([scan._element(row) for row in part])}
+
+    scan.judged.choose, scan.judged.measure = choose, lambda: None
+    for code in range(len(monoid)):
+        scan.meaning[code] = code
+    return scan.run()
+
+
+@pytest.mark.parametrize("r", [2, 3])
+@pytest.mark.parametrize("name", ["S3", "divisible-by-3", "regex:(ab)*c", "regex:a*", "addition"])
+def test_the_products_asked_for_are_those_that_strings_have(name, r):
+    """All of them, by reading random strings; and in (ab)*c, say, no others: a stretch of two
+    letters never stands where only one of one can."""
+    asked = machine(name)
+    scan, monoid = scan_of_a_model_that_multiplies(asked, r), asked.monoid()
+    assert scan.closed and not scan.wrong
+    strings = torch.randint(1, asked.letters + 1, (3000, r ** 4))
+    held, met = [monoid.letters[strings - 1], *monoid.windows(strings, 4, r)], set()
+    for t in range(4):
+        kind = "code" if t else "letter"
+        source = held[t] if t else strings - 1
+        for i in range(r ** 4):
+            rows = source[:, [i - j * r ** t for j in reversed(range(r)) if i >= j * r ** t]]
+            met |= {tuple((kind, x) for x in row) for row in rows.unique(dim=0).tolist()}
+    assert met <= scan.follows.keys()
+    if r == 2:                              # of three random strings miss some
+        assert met == scan.follows.keys()
+
+
+def test_a_proof_leaves_the_model_and_the_generator_as_they_were():
+    model = shipped("parity").train()
+    before = torch.get_rng_state()
+    assert certify(model, machine("parity")).proved
+    assert model.training and torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_head_of_its_own_is_refused():
+    """A copy ties it, and would be another model."""
+    model = shipped("parity")
+    model.embed = torch.nn.Embedding(4, 64)
+    with pytest.raises(ValueError, match=r"model.head.weight: must be model.embed.weight"):
+        certify(model, machine("parity"))
+
+
+def test_a_table_that_changes_afterwards_is_not_the_machine_s():
+    table = torch.tensor([[0, 1], [1, 0]])
+    asked = Machine.from_table(table)
+    table[1] = 1
+    assert asked.monoid().table.tolist() == [[0, 1], [1, 0]]
+    assert certify(shipped("parity"), asked).proved
+
+
+def test_an_automaton_is_not_read_off_letter_by_letter():
+    with pytest.raises(ValueError, match="dilation = 2: must be 1"):
+        automaton(shipped("parity"), 2)
+
+
+def test_generate_compares_logits_in_the_model_s_own_dtype():
+    """Two tokens whose logits differ by less than float32 can tell."""
+    model = shipped("parity").double()
+    with torch.no_grad():
+        model.embed.weight[3] = model.embed.weight[2] * (1 + 1e-12)
+        ids = torch.tensor([[2]])
+        best = model(ids)[0, -1].argmax().item()
+        assert model(ids)[0, -1, 2:].diff().abs() < 1e-6
+        assert model.generate(ids, 1, temperature=0.0)[0, -1] == best == 3
 
 
 # Monoids
