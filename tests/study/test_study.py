@@ -74,9 +74,9 @@ def test_whole_strings_counts_strings_that_are_right_everywhere():
     assert parity.whole_strings(oracle, 20, 5, strings=4) == 3 / 4
 
 
-@pytest.fixture(params=["proofs", "machines", "far", "reach", "ablations", "exits", "experts",
-                        "generation", "states", "gru", "pace", "reference", "ladder", "peers",
-                        "looping"])
+@pytest.fixture(params=["proofs", "doubling", "staircase", "machines", "far", "reach", "ablations",
+                        "exits", "experts", "generation", "states", "gru", "pace", "reference",
+                        "ladder", "peers", "looping"])
 def committed(request):
     return study.load(study.RESULTS / f"{request.param}.json")
 
@@ -359,6 +359,36 @@ def test_continuations_are_counted_whole():
     model = OpenMythos.from_pretrained("parity-carrying")
     assert parity.continued(model, study.fresh_strings(16), 32, None) == 1.0
     assert parity.continued(model, study.fresh_strings(16), 2, None) < 1
+
+
+def test_doubling_models_that_ship_are_proved_on_every_seed():
+    rows = [row for row in study.load(study.RESULTS / "doubling.json")
+            if "machine" not in row["variant"]]
+    runs = {}
+    for row in rows:
+        assert row["certificate"]["proved"] and row["same_machine"]
+        assert all(of["whole"] == of["strings"] for of in row["answered"].values())
+        runs.setdefault((row["variant"], row["arithmetic"]), []).append(row["seed"])
+    assert set(map(tuple, runs.values())) == {tuple(range(10))}
+    assert ({variant for variant, arithmetic in runs if arithmetic != "native"}
+            == {"doubling parity", "doubling S3"} and len(runs) == 9)
+
+
+def test_the_staircase_is_that_of_the_letters_that_have_been_read():
+    """The rows without the model: after T loops the answers are those to the last 2^T letters."""
+    rows = study.load(study.RESULTS / "staircase.json")
+    assert [row["variant"] for row in rows] == study.MEASURED["staircase"]
+    for row in rows:
+        asked = study.variant(row["variant"]).machine
+        for length, found in row["staircase"].items():
+            assert found["right"][-4:] == [int(length)] * 4
+            if length == "1048576":                              # answers to it take 20 s
+                continue
+            ids, targets = asked.make_batch(1, int(length),
+                                            torch.Generator().manual_seed(int(length)))
+            products = asked.monoid().windows(ids, len(found["right"]))
+            assert found["right"] == [int((asked.monoid().answer[x] == targets).sum())
+                                      for x in products]
 
 
 def test_packed_rows_come_back_whole(tmp_path):
