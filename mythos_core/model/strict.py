@@ -76,14 +76,15 @@ class StrictBlock(RecurrentBlock):
         """
         stride, window, states = self.config.stride, self.config.window or e.shape[1], []
         before, z = self.before_start(e), e[:, :0]
-        for own in e.split(stride, 1):                           # (B, up to stride, dim)
-            new, at = self.norm(before[:, :own.shape[1]] + own), stride * len(states)
-            new = self.noisy(new) if noise is None else new + noise[:, at:at + own.shape[1]]
-            z = new if window == 1 else torch.cat([z, new], 1)[:, -(window - 1 + own.shape[1]):]
-            states.append(self.rounded(self.last(z, own)))
+        for part in e.split(stride, 1):                           # (B, up to stride, dim)
+            new, position = self.norm(before[:, :part.shape[1]] + part), stride * len(states)
+            end = position + part.shape[1]
+            new = self.noisy(new) if noise is None else new + noise[:, position:end]
+            z = new if window == 1 else torch.cat([z, new], 1)[:, -(window - 1 + part.shape[1]):]
+            states.append(self.rounded(self.last(z, part)))
             before = states[-1]
             if hand_on is not None:
-                before = hand_on(before, at)
+                before = hand_on(before, position)
         return torch.cat(states, 1)
 
     def before_start(self, like: Float[Tensor, "batch seq dim"]

@@ -84,9 +84,9 @@ def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 def _compare(make, config: MythosConfig, header):
     """ValueError unless the header is that of the model that `config` describes."""
     for field, start in COUNTED.items():         # first: on "meta" too a million takes long
-        found = {name[len(start):].split(".")[0] for name in header if name.startswith(start)}
-        if len(found) != getattr(config, field):
-            raise ValueError(f"it has {field} = {len(found)}, not {getattr(config, field)}")
+        numbers = {name[len(start):].split(".")[0] for name in header if name.startswith(start)}
+        if len(numbers) != getattr(config, field):
+            raise ValueError(f"it has {field} = {len(numbers)}, not {getattr(config, field)}")
     with torch.device("meta"):
         wanted = {name: tuple(x.shape) for name, x in make(config).state_dict().items()}
     missing = wanted.keys() - header.keys() - (TIED if TIED & header.keys() else set())
