@@ -1,5 +1,7 @@
 """KVCache: what a model keeps of the positions it has read, for each layer and each loop."""
+import copy
 import math
+from contextlib import contextmanager
 
 from torch import Tensor
 
@@ -117,6 +119,17 @@ class KVCache:
             layer = f"loop.{int(number) % self.loops}"
         strip = self._strips.setdefault((layer, name), _Strip(keep))
         return strip.write(x, self.length, self.capacity)
+
+    @contextmanager
+    def all_or_nothing(self):
+        """If what is done inside, a pass in several pieces, fails, the cache is left as it was."""
+        before = self.length, self._made_for
+        strips = {key: copy.copy(strip) for key, strip in self._strips.items()}
+        try:
+            yield
+        except BaseException:            # pieces have been written behind what was there
+            (self.length, self._made_for), self._strips = before, strips
+            raise
 
     def advance(self, n_positions: int):
         """Count the positions of a finished pass as read."""

@@ -42,6 +42,13 @@ class RMSNorm(nn.Module):
         self.eps_tensor: Tensor
         self.register_buffer("eps_tensor", torch.tensor(eps), persistent=False)
 
+    def _apply(self, fn, recurse=True):
+        """As of any module, but that eps is a constant: a cast to bfloat16 and back leaves it."""
+        super()._apply(fn, recurse)
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        self.eps_tensor = torch.full_like(self.eps_tensor, self.eps, dtype=dtype)
+        return self
+
     def forward(self, x: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim"]:
         if self.training and torch.is_grad_enabled():
             return _RMSNorm.apply(x, self.weight, self.eps_tensor)

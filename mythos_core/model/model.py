@@ -1,5 +1,8 @@
 """OpenMythos: prelude, looped block, coda; generation; weights in and out."""
+import json
 import re
+import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from mythos_core.model.dilated import DilatedBlock
 from mythos_core.model.layers import NORM_EPS, RMSNorm, known
 from mythos_core.model.loop import Observer, RecurrentBlock, TransformerBlock
 from mythos_core.model.strict import StrictBlock
-from mythos_core.model.weights import PRETRAINED, load_weights, read_config, shipped
+from mythos_core.model.weights import PRETRAINED, digest, load_weights, read_config, shipped
 
 FILES = ["config.json", "model.safetensors"]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -93,8 +96,9 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
             if settles:
                 n_loops = ids.shape[1] * (SLOWLY if self.config.carry else 1)
             return self.decode(self.recurrent(e, n_loops, ctx, observer), ctx)
-        with torch.inference_mode():  # spares small operations their bookkeeping
-            pieces = ids.split(n_loops * self.config.stride, 1) if strict else [ids]
+        pieces = ids.split(n_loops * self.config.stride, 1) if strict else [ids]
+        whole = kv_cache.all_or_nothing() if len(pieces) > 1 else nullcontext()
+        with torch.inference_mode(), whole:      # the first spares small operations bookkeeping
             logits = [self._cached(piece, n_loops, kv_cache, observer) for piece in pieces]
         return torch.cat(logits, 1)  # outside: one that may be changed in place
 
@@ -234,7 +238,22 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
                      f"a directory, a hub id 'owner/name', or one of {shipped()}")
             folder = Path(snapshot_download(str(name_or_dir), allow_patterns=FILES, **hub))
         config = read_config(folder / "config.json")
-        return load_weights(cls, config, folder / "model.safetensors").to(map_location).eval()
+        model = load_weights(cls, config, folder / "model.safetensors")
+        _compare_with_certificate(model, folder / "certificate.json")
+        return model.to(map_location).eval()
+
+
+def _compare_with_certificate(model, file: Path):
+    """Warn where a certificate lies beside weights that it is not of."""
+    if not file.exists():
+        return
+    try:
+        of = json.loads(file.read_text(encoding="utf-8"))["weights"]
+    except (ValueError, KeyError, TypeError) as error:
+        of = f"nothing that can be read ({type(error).__name__})"
+    if of != digest(model):
+        warnings.warn(f"{file}: is of other weights than those beside it: of {of}, not "
+                      f"{digest(model)}", stacklevel=3)
 
 
 def _require(holds, name, value, rule):

@@ -1,5 +1,6 @@
 """A folder of weights, config.json and model.safetensors, read with distrust: whatever is wrong is
 said by file, before anything of the size that it claims is built."""
+import hashlib
 import json
 import warnings
 from pathlib import Path
@@ -14,7 +15,7 @@ from mythos_core.model.config import MythosConfig
 
 Model = TypeVar("Model", bound=nn.Module)
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
-FLOATS = ("F64", "F32", "F16", "BF16")
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 TIED = {"head.weight", "embed.weight"}   # one tensor, of which a file has one name
 #: Fields that count modules, and what names the tensors of the modules begin with.
 COUNTED = {"prelude_layers": "prelude.", "coda_layers": "coda.",
@@ -47,7 +48,8 @@ def read_config(file: Path) -> MythosConfig:
 
 
 def load_weights(make: type[Model], config: MythosConfig, file: Path) -> Model:
-    """`make(config)` with the weights of a safetensors file.
+    """`make(config)` with the weights of a safetensors file, in float64 if they are, else in
+    float32.
 
     Raises:
         FileNotFoundError, OSError: naming the file and what is wrong with it: another shape than
@@ -55,8 +57,11 @@ def load_weights(make: type[Model], config: MythosConfig, file: Path) -> Model:
     """
     _require_file(file)
     try:
-        _compare(make, config, _header(file))
+        header = _header(file)
+        _compare(make, config, header)
         model = make(config)
+        if "F64" in {dtype for dtype, _ in header.values()}:
+            model = model.double()
         safetensors.torch.load_model(model, file)
         _require_finite(model)
     except (safetensors.SafetensorError, RuntimeError, ValueError, TypeError) as error:
@@ -64,6 +69,18 @@ def load_weights(make: type[Model], config: MythosConfig, file: Path) -> Model:
         raise OSError(f"{file}: damaged, or not the weights of its config.json: "
                       f"{reason}") from error
     return model
+
+
+def digest(model: nn.Module) -> str:
+    """SHA-256 of the weights as a file of safetensors has them: of each tensor, by name, its name,
+    dtype, shape and bytes; a tensor with two names counts as the embedding's."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if name != "head.weight":
+            kind = DTYPES[tensor.dtype]
+            found.update(f"{name} {kind} {list(tensor.shape)}\n".encode())
+            found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def _require_file(file: Path):
@@ -96,8 +113,8 @@ def _compare(make, config: MythosConfig, header):
     for name, (dtype, shape) in header.items():
         if shape != wanted[name]:
             raise ValueError(f"{name} has the shape {shape}, not {wanted[name]}")
-        if dtype not in FLOATS:
-            raise ValueError(f"{name} is of dtype {dtype}: must be one of {FLOATS}")
+        if dtype not in DTYPES.values():
+            raise ValueError(f"{name} is of dtype {dtype}: must be one of {list(DTYPES.values())}")
 
 
 def _require_finite(model: nn.Module):

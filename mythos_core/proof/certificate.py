@@ -1,29 +1,31 @@
-"""Proofs that a strict model answers as a machine does, on every string of every length.
+"""Proofs that a model answers as a machine does, on every string of every length.
 
-The theorem. Let a model be strict with stride s, without the carry, without positions (RoPE off)
-and with a window W, and let its states be rounded to codes c_1 .. c_n (`StrictBlock.rounded`).
-Call what decides position i its *context*: the codes of the W + s - 1 positions before it, and the
-last (W - 1)(P + 1) + 1 tokens, where P is the number of prelude layers; fewer near the start of the
-string. Let a set of triples (context, state of the machine, answer due) hold that of each
-one-letter string, and with each triple, for each letter, the one that follows it; letters apart of
-which nothing is asked there. If the model's answer is the one due in every triple, then it is the
-machine's at every position of every string, after as many loops as there are positions.
+The theorem for strict models; that for dilated ones is in `proof.scan`. Let a model be strict, with
+a window of 1, without the carry and without positions (RoPE off), and let its states be rounded to
+codes c_1 .. c_n (`StrictBlock.rounded`). Call the code of the position before, or the start of the
+string, and a position's own letter its *context*. Let a set of pairs (context, state of the machine
+before the letter) hold those of all one-letter strings; and with each pair, for each letter, the
+one that follows it; letters apart of which nothing is asked there. If in every pair the model's
+answer is the machine's, then it is so at every position of every string, after as many loops as
+there are positions, or left to right.
 
-Proof. By the strict loop (theorem 1 of `StrictBlock`) the settled state of position i is a
-function of its context, and so is the code it is rounded to, hence the context that follows by
-a letter; its answer is a function of the codes of the (W - 1) C positions before it, C the
-number of coda layers, and of its own. So, by induction over the positions, each position of
-each string has a triple in the set.
+Proof. With a window of 1 the prelude makes of a position what its own token alone says, and so does
+the coda of its own state. By the strict loop (theorem 1 of `StrictBlock`) the settled state of a
+position is then a function of its context, and so are the code it is rounded to, which with the
+next letter is the context that follows, and its answer. By induction over the positions, each
+position of each string has a pair in the set. QED.
 
-What is assumed of arithmetic. A context is evaluated in float64, which makes three choices: the
-code, the answer and the experts. How far each is from being another one is its *margin*. The
-model's own arithmetic evaluates the context too, and how much smaller or larger the margins of the
-same choices are there, at most, is the *error*. The proof holds on every machine whose error is at
-most `SPARE` times the one measured; where a margin is smaller than that, nothing is proved.
+What is assumed of arithmetic. A context is evaluated in float64, which chooses the next code and
+the answer. `proof.balls` bounds, from the weights and before anything is run, how far any machine
+may come out from that which computes in the model's dtype and keeps to `balls.ASSUMED`. A choice
+holds where its lead is larger than its bound. Where the experts are not certain, each set that is
+possible is followed, and the choice of code has to be the same with all. So the proof holds for
+every such machine, every batch, every schedule of the loops: what is handed on is a code, the same
+bits for all.
 """
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -32,11 +34,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mythos_core.model.model import OpenMythos
-from mythos_core.proof.closure import Closure, with_codes
+from mythos_core.model.weights import digest
+from mythos_core.proof.balls import ASSUMED, ROUNDOFF
+from mythos_core.proof.choices import with_codes
+from mythos_core.proof.closure import Closure
 from mythos_core.proof.scan import Scan, codes_by_element
+from mythos_core.tasks.automaton import NOT_ASKED
 from mythos_core.tasks.machines import Machine
 
-SPARE = 100             # how many times the measured error another machine may have
 TRIED = 20_000          # codes times letters, at most, of codes that are chosen by moves
 SEEN = 16               # elements of the strings whose states the codes are chosen from
 
@@ -49,29 +54,58 @@ class Certificate:
     Attributes:
         proved: whether the answers are right on all strings: `reason` is ""
             then, and else says why not.
-        contexts: triples of a context, a state of the machine and the answer due that were met.
+        arithmetic: in what the model computes, of `balls.ROUNDOFF`; the proof is for that.
+        contexts: of a strict model pairs of a context and a state of the machine that were met, of
+            a dilated one products.
         wrong: those in which the model answers otherwise, among the ones that the shortest strings
             with a wrong answer lead to; the search ends there.
         codes: (n, dim) what states are rounded to.
-        state_margin: the least distance of a state from the border of its code's cell. Beside it in
-            `errors` how far the model's arithmetic and float64 are apart in it, at most. Both are
-            measured of a closed set alone, and else 0.
+        state_margin: the least distance of a state from the border of its code's cell. This and
+            what follows is measured of a closed set alone, and else 0.
         logit_margin: the least lead of an answer's logit; routing_margin: of a chosen expert's,
             infinite where there is no other expert.
+        safety: the least number of times that the lead of a "state" and of a "logit" exceeds the
+            bound of what arithmetic may do to it; a proof has both above 1.
+        branched: contexts in which arithmetic may choose other experts, and both were followed.
         model: the model with its states rounded to the codes: the one that the proof is about.
+        asked: the machine, in its minimal form.
     """
 
     proved: bool
     reason: str
-    contexts: int
-    wrong: int
+    arithmetic: str
     codes: Float[Tensor, "codes dim"]
-    state_margin: float
-    logit_margin: float
-    routing_margin: float
-    errors: dict[str, float]
     model: OpenMythos
+    asked: Machine
     closure: Closure | Scan
+
+    @property
+    def contexts(self) -> int:
+        return self.closure.contexts
+
+    @property
+    def wrong(self) -> int:
+        return self.closure.wrong
+
+    @property
+    def state_margin(self) -> float:
+        return self.closure.judged.margins["state"]
+
+    @property
+    def logit_margin(self) -> float:
+        return self.closure.judged.margins["logit"]
+
+    @property
+    def routing_margin(self) -> float:
+        return self.closure.judged.margins["routing"]
+
+    @property
+    def safety(self) -> dict[str, float]:
+        return self.closure.judged.safety
+
+    @property
+    def branched(self) -> int:
+        return self.closure.judged.branched
 
     @cached_property
     def machine(self) -> Machine | None:
@@ -81,17 +115,26 @@ class Certificate:
         return closure.machine() if closure.closed and not closure.left_out else None
 
     def summary(self) -> dict:
-        """What a file beside the weights says of it; the margin of a choice without an alternative
-        is None."""
-        margins = {name: getattr(self, name) if math.isfinite(getattr(self, name)) else None
+        """What a file beside the weights says of it, as docs/certificate.md has it, and
+        `proof.check` reads; a number that is infinite is None."""
+        margins = {name: _finite(getattr(self, name))
                    for name in ("state_margin", "logit_margin", "routing_margin")}
-        return {"proved": self.proved, "reason": self.reason, "contexts": self.contexts,
-                "wrong": self.wrong, "codes": len(self.codes), **margins, "errors": self.errors,
-                "machine": self.machine and self.machine.as_dict()}
+        return {"proved": self.proved, "reason": self.reason, "weights": digest(self.model),
+                "arithmetic": self.arithmetic, "assumed": ASSUMED, "contexts": self.contexts,
+                "wrong": self.wrong, "codes": len(self.codes), **margins,
+                "safety": {name: _finite(times) for name, times in self.safety.items()},
+                "branched": self.branched, "asked": self.asked.as_dict(),
+                "machine": self.machine and self.machine.as_dict(),
+                "table": self.closure.table() if self.proved else None}
+
+
+def _finite(x: float) -> float | None:
+    return x if math.isfinite(x) else None
 
 
 def certify(model: OpenMythos, machine: Machine,
-            codes: Float[Tensor, "codes dim"] | None = None) -> Certificate:
+            codes: Float[Tensor, "codes dim"] | None = None,
+            arithmetic: str | None = None) -> Certificate:
     """Prove that `model`, its states rounded to codes, answers as `machine` does on every string.
 
     Args:
@@ -100,19 +143,25 @@ def certify(model: OpenMythos, machine: Machine,
             its last k moves, with the least k from 0 to 3 that gives a proof; where that makes too
             many codes (`TRIED`), a smaller k is the last. That labels choose the codes takes
             nothing from the proof, which checks what they do.
+        arithmetic: one of `balls.ROUNDOFF`; default that of the model's dtype. TF32 is of float32
+            models, on a GPU where it is allowed.
 
     Raises:
         ValueError: if the model is not of the kind that the theorem is about, or
             has no room for the machine.
     """
     _check(model, machine)
+    machine = replace(machine).minimal()  # of the tables as they are: a caller may change them
+    arithmetic = arithmetic or str(model.embed.weight.dtype).removeprefix("torch.")
+    if arithmetic not in ROUNDOFF:
+        raise ValueError(f"arithmetic = {arithmetic!r}: must be one of {sorted(ROUNDOFF)}")
     if codes is None and model.recurrent.codes is not None:
         codes = model.recurrent.codes
     bare = with_codes(model, None)
     if codes is not None:
-        return _certify(bare, machine, codes)
+        return _certify(bare, machine, codes, arithmetic)
     for chosen in candidate_codes(bare, machine):
-        certificate = _certify(bare, machine, chosen)
+        certificate = _certify(bare, machine, chosen, arithmetic)
         if certificate.proved:
             break
     return certificate
@@ -127,24 +176,31 @@ def automaton(model: OpenMythos, letters: int) -> Machine | None:
                          "since no letter is read behind a state; `certify` reads a machine off")
     if model.recurrent.codes is None:
         raise ValueError("model.config.codes = 0: must be above 0; `certify` finds some")
+    vocab = model.config.vocab_size
+    if not 1 <= letters < vocab:
+        raise ValueError(f"letters = {letters}: must be in 1 .. vocab_size - 1 = {vocab - 1}")
     closure = Closure(with_codes(model, model.recurrent.codes), letters).run()
     return closure.machine() if closure.closed else None
 
 
 def _check(model, machine=None):
     c = model.config
-    wanted = {"strict": True} if c.dilation == 1 else {"window": 1}
-    for name, value in {**wanted, "carry": False, "rope": False}.items():
+    if c is not model.recurrent.config:
+        raise ValueError("model.config: was changed after the model was made; its parts have "
+                         "another")
+    wanted = {"strict": True} if c.dilation == 1 else {}
+    for name, value in {**wanted, "window": 1, "stride": 1, "carry": False, "rope": False,
+                        "attn_type": "gqa"}.items():
         if getattr(c, name) != value:
             raise ValueError(f"model.config.{name} = {getattr(c, name)}: "
                              f"must be {value} for a certificate")
     if model.head.weight is not model.embed.weight:
         raise ValueError("model.head.weight: must be model.embed.weight for a certificate")
-    if c.window is None:
-        raise ValueError("model.config.window = None: must be a number for a certificate")
     if machine is not None and machine.vocab_size > c.vocab_size:
         raise ValueError(f"machine {machine.name!r} has tokens up to {machine.vocab_size - 1}: "
                          f"must be below model.config.vocab_size = {c.vocab_size}")
+    if machine is not None and bool((machine.answer[machine.start] == NOT_ASKED).all()):
+        raise ValueError(f"machine {machine.name!r}: must ask for an answer to some first letter")
 
 
 @torch.no_grad()
@@ -172,20 +228,17 @@ def candidate_codes(model: OpenMythos, machine: Machine) -> Iterator[Float[Tenso
         label = label * (moves.max() + 1) + F.pad(moves, (k, 0))[:, :ids.shape[1]]
 
 
-def _certify(bare: OpenMythos, machine: Machine, codes: Tensor) -> Certificate:
+def _certify(bare: OpenMythos, machine: Machine, codes: Tensor, arithmetic: str) -> Certificate:
     model = with_codes(bare, codes)
-    closure = (Scan(model, machine) if model.config.dilation > 1
-               else Closure(model, machine.letters, machine)).run()
-    margins, errors = closure.judged.margins, closure.judged.errors
-    thin = [name for name in margins if not margins[name] > SPARE * errors[name]]
+    closure = (Scan(model, machine, arithmetic) if model.config.dilation > 1
+               else Closure(model, machine.letters, machine, arithmetic)).run()
+    thin = [name for name, times in closure.judged.safety.items() if not times > 1]
     reason = ""
     if closure.wrong:
         reason = closure.fault
     elif not closure.closed:
         reason = f"not closed after {closure.contexts} contexts"
     elif thin:
-        reason = "; ".join(f"{name} margin {margins[name]:.3g} is not above {SPARE} times "
-                           f"the error {errors[name]:.3g}" for name in thin)
-    return Certificate(not reason, reason, closure.contexts, closure.wrong, codes,
-                       margins["state"], margins["logit"], margins["routing"], errors, model,
-                       closure)
+        reason = "; ".join(f"a {name} leads by {closure.judged.safety[name]:.3g} times what "
+                           f"{arithmetic} may do to it: must be above 1" for name in thin)
+    return Certificate(not reason, reason, arithmetic, codes, model, machine, closure)

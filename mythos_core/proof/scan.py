@@ -40,8 +40,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mythos_core.model.model import OpenMythos
-from mythos_core.proof.closure import with_codes
-from mythos_core.proof.margins import Judged, decode, plain_context, routed
+from mythos_core.proof.choices import Judged, combine, decode, plain_context
 from mythos_core.tasks.automaton import Machine, minimal
 
 MOST_PRODUCTS = 2_000_000
@@ -55,10 +54,9 @@ class Scan:
     """What a dilated model makes of letters and of codes, closed under the products of up to r of
     them, and whether that is what the monoid of the machine `asked` for says."""
 
-    def __init__(self, model: OpenMythos, asked: Machine):
+    def __init__(self, model: OpenMythos, asked: Machine, arithmetic: str = "float32"):
         self.model, self.asked, self.monoid = model, asked, asked.monoid()
-        # on the CPU: not every device has float64
-        self.judged = Judged(with_codes(model, model.recurrent.codes).cpu().double(), model)
+        self.judged = Judged(model, arithmetic)
         self.length, self.wrong, self.closed, self.left_out = 0, 0, False, False
         self.meaning: dict[int, int] = {}                        # code -> element
         self.follows: dict[tuple[Operand, ...], int] = {}        # operands, the latest last -> code
@@ -119,14 +117,25 @@ class Scan:
 
         return minimal(self.asked.name, None, self.asked.symbols, moves)
 
+    def table(self) -> dict:
+        """What was met, as JSON has it: what each code means, by state of the minimal machine the
+        state that it leads to and the answer then; and all products, the operands earliest first,
+        with the code that they go to."""
+        rows = {kind: sorted([[number for _, number in row], code]
+                             for row, code in self.follows.items() if row[0][0] == kind)
+                for kind in ("letter", "code")}
+        return {"meaning": [[code, [list(move) for move in self.monoid.elements[element]]]
+                            for code, element in sorted(self.meaning.items())],
+                "letters": rows["letter"], "products": rows["code"],
+                "answers": [[code, answer] for code, answer in sorted(self.answers.items())]}
+
     def _multiply(self, rows: list[tuple[Operand, ...]]):
         """These products, if they are not known yet."""
         for size in sorted({len(row) for row in rows}):
             new = [row for row in dict.fromkeys(rows)
                    if len(row) == size and row not in self.follows]
             for part in (new[i:i + PART] for i in range(0, len(new), PART)):
-                chosen = self.judged.choose(_multiply, part)
-                for row, code in zip(part, chosen["code"].tolist()):
+                for row, code in zip(part, self.judged.choose(combine, part)):
                     self.follows[row] = code
                     self._means(code, self._element(row))
                     self.wrong += row[0][0] == "code" and size == 1 and row[0][1] != code
@@ -143,8 +152,7 @@ class Scan:
         self.wrong += self.meaning.setdefault(code, element) != element
 
     def _answer(self, codes: list[int]):
-        chosen = self.judged.choose(decode, [[code] for code in codes])
-        self.answers = dict(zip(codes, chosen["answer"].tolist()))
+        self.answers = dict(zip(codes, self.judged.choose(decode, codes)))
         self.wrong += sum(answer != int(self.monoid.answer[self.meaning[code]])
                           for code, answer in self.answers.items())
 
@@ -152,20 +160,6 @@ class Scan:
 def _rows(operands: Sequence[Iterable[int]]) -> list[tuple[Operand, ...]]:
     """Every choice of a code from each of the sets, in their order."""
     return [tuple(("code", code) for code in row) for row in product(*map(sorted, operands))]
-
-
-def _multiply(model: OpenMythos, part: list[tuple[Operand, ...]]) -> dict[str, Tensor]:
-    """Scores of codes and experts for the last operand of each row, the others before it: one loop
-    over strings as long as the row, at distance 1."""
-    device = model.embed.weight.device
-    numbers = torch.tensor([[number for _, number in row] for row in part], device=device)
-    loop = model.recurrent
-    if part[0][0][0] == "letter":
-        h = model.encode(numbers + 1, plain_context(model, numbers))
-    else:
-        h = loop.codes[numbers]
-    out, experts = routed(model, lambda: loop.combine(h, 0, plain_context(model, numbers))[0])
-    return {"code": loop.code_scores(out[:, -1:])[:, 0], "experts": experts}
 
 
 @torch.no_grad()

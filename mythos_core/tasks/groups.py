@@ -65,13 +65,18 @@ class Group:
         return product + 1
 
 
-@lru_cache
 def group(name: str) -> Group:
     """Z_n (cyclic), D_n (dihedral, 2n elements), S_n (symmetric) or A_n (alternating), by name:
-    "Z2", "D4", "S5", "A5".
+    "Z2", "D4", "S5", "A5". A copy: whoever changes it spoils no other's.
 
     ValueError for another name.
     """
+    found = _group(name)
+    return Group(name, [*found.elements], found.table.clone(), [*found.generators])
+
+
+@lru_cache
+def _group(name: str) -> Group:
     if not re.fullmatch(NAMES, name):
         raise ValueError(f"group = {name!r}: must be Z2 to Z99, D3 to D99, S2 to S6, or A3 to A6")
     n = int(name[1:])

@@ -5,7 +5,6 @@
 """
 import re
 from collections.abc import Callable
-from functools import lru_cache
 from itertools import product
 
 import torch
@@ -158,7 +157,6 @@ NAMES: dict[str, Callable[..., Machine]] = {
 }
 
 
-@lru_cache
 def machine(name: str) -> Machine:
     """A machine by name: one of the `NAMES`, such as "parity", "S5", "regex:(ab)*c", "even-pairs",
     "divisible-by-7", "brackets-2-3" (kinds, depth) or "random-6-3-0" (states, letters, seed).

@@ -19,11 +19,13 @@ class Monoid:
         table: (n, n): table[x, y] is the product x y, first x, then y.
         letters: the element of each letter.
         answer: what is answered at the end of a string that does x, from the machine's start.
+        elements: of each, by state of the minimal machine, (the state it leads to, the answer).
     """
 
     table: Int[Tensor, "n n"]
     letters: Int[Tensor, "letters"]
     answer: Int[Tensor, "n"]
+    elements: tuple[tuple[tuple[int, int], ...], ...]
 
     def __len__(self) -> int:
         return len(self.table)
@@ -70,7 +72,7 @@ def monoid_of(name: str, next_state: Int[Tensor, "states letters"],
                                      f"its monoid, and has {len(elements):,} or more")
     table = [[elements[_then(x, y)] for y in order] for x in order]
     return Monoid(torch.tensor(table), torch.tensor([elements[act] for act in acts]),
-                  torch.tensor([element[start][1] for element in order]))
+                  torch.tensor([element[start][1] for element in order]), tuple(order))
 
 
 def _then(first, second):

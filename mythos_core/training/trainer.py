@@ -136,11 +136,10 @@ def provenance(run: Run) -> dict:
     trained at, and what it reached."""
     recipe, name = run.recipe, shlex.quote(run.recipe.name)
     what = (f"training --recipe {name}" if recipe.name in RECIPES
-            else f"training --doubling --machine {shlex.quote(recipe.machine.name)}"
-            if recipe.config.dilation > 1
-            else f"training --machine {name}" if recipe.corpus is None
             else f"study.language --arm {name} --corpus {shlex.quote(recipe.corpus.name)} "
-                 f"--dim {recipe.config.dim} --steps {recipe.steps}")
+                 f"--dim {recipe.config.dim} --steps {recipe.steps}" if recipe.corpus is not None
+            else f"training --doubling --machine {shlex.quote(recipe.machine.name)}"
+            if recipe.config.dilation > 1 else f"training --machine {name}")
     return {
         "command": f"python -m mythos_core.{what} --seed {run.seed} --out DIR",
         "recipe": run.recipe.as_dict() | {"config": "the fields beside this one"},

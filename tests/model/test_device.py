@@ -16,7 +16,7 @@ from conftest import tiny
 from small import settles_in_turn, strict_model, strings
 
 from mythos_core import KVCache, OpenMythos, probes, training
-from mythos_core.proof.certificate import SPARE, certify
+from mythos_core.proof.certificate import certify
 from mythos_core.tasks.machines import machine
 from mythos_core.tasks.parity import continuation, make_batch
 from mythos_core.training import train
@@ -93,17 +93,16 @@ def test_cached_equals_uncached(attn):
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_certificates_hold_here_too(name, mode, record_property):
-    """No context is answered wrong in any mode; but the margins are a hundred times what the
-    arithmetic errs, as a proof asks, only where it errs as float32 does."""
+    """No context is answered wrong in any mode; but TF32 and bfloat16 round so coarsely that their
+    bounds are above the leads."""
     model, start = moved(OpenMythos.from_pretrained(name), mode), perf_counter()
-    found = certify(model, machine(SHIPPED[name]))
+    found = certify(model, machine(SHIPPED[name]), arithmetic="tf32" if mode == "TF32" else None)
     record_property("seconds", perf_counter() - start)
-    summary = {key: value for key, value in found.summary().items() if key != "machine"}
+    summary = {key: value for key, value in found.summary().items()
+               if key not in ("machine", "asked", "table")}
     record_property("certificate", json.dumps(summary))
     assert found.closure.closed and found.wrong == 0
-    assert found.proved == all(getattr(found, f"{kind}_margin") > SPARE * error
-                               for kind, error in found.errors.items())
-    assert found.proved or mode in ("TF32", "bfloat16")
+    assert found.proved == (mode not in ("TF32", "bfloat16"))
 
 
 def test_a_proved_model_writes_on_and_answers_right(mode):

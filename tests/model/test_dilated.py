@@ -12,7 +12,7 @@ from mythos_core import KVCache, MythosConfig, OpenMythos
 from mythos_core.model import attention
 from mythos_core.model.dilated import SlotAttention
 from mythos_core.model.layers import rope_table, rotate
-from mythos_core.proof.closure import with_codes
+from mythos_core.proof.choices import with_codes
 
 
 def changed_by(model, ids, position, n_loops):

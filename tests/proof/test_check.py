@@ -1,0 +1,186 @@
+"""The checker that imports nothing of ours: what it accepts, and what it must refuse."""
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mythos_core.model.model import PRETRAINED
+from mythos_core.proof import check
+from mythos_core.proof.check import Refused
+
+STRICT, DILATED = "parity-extrapolating", "doubling-parity"
+
+
+@pytest.mark.parametrize("name", [STRICT, DILATED, "state-Z5", "doubling-addition"])
+def test_what_ships_is_proved(name):
+    said = check.check(PRETRAINED / name)
+    assert said.startswith("proved: every string of every length is answered as ")
+
+
+def test_it_imports_no_torch_and_none_of_ours():
+    code = ("import sys; from mythos_core.proof import check; check.check(sys.argv[1]); "
+            "print(sorted(name for name in sys.modules if name.split('.')[0] in "
+            "('torch', 'numpy', 'mythos_core')))")
+    run = subprocess.run([sys.executable, "-c", code, PRETRAINED / DILATED], capture_output=True,
+                         text=True, check=True)
+    assert run.stdout.strip() == "['mythos_core', 'mythos_core.proof', 'mythos_core.proof.check']"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Makes a copy of a shipped model with changes: of the tensors, whose digest is then made
+    right, of the certificate, and of the config."""
+    def make(name, tensors=None, certificate=None, config=None, digest=True):
+        out = tmp_path / name
+        shutil.copytree(PRETRAINED / name, out)
+        found = json.loads((out / "certificate.json").read_text())
+        if tensors is not None:
+            weights = load_file(out / "model.safetensors")
+            tensors(weights)
+            save_file(weights, out / "model.safetensors")
+            if digest:
+                found["weights"] = digest_of(weights)
+        if certificate is not None:
+            certificate(found)
+        (out / "certificate.json").write_text(json.dumps(found))
+        if config is not None:
+            values = json.loads((out / "config.json").read_text())
+            (out / "config.json").write_text(json.dumps(values | config))
+        return out
+    return make
+
+
+def digest_of(weights):
+    found = hashlib.sha256()
+    named = {"embed.weight" if name == "head.weight" else name: x for name, x in weights.items()}
+    for name, x in sorted(named.items()):
+        found.update(f"{name} F32 {list(x.shape)}\n".encode() + x.numpy().tobytes())
+    return found.hexdigest()
+
+
+def embedding(weights):
+    return weights["embed.weight" if "embed.weight" in weights else "head.weight"]
+
+
+def test_a_copy_is_proved_and_the_digest_is_of_the_weights(folder):
+    assert check.check(folder(STRICT, tensors=lambda weights: None))
+
+
+def swap(x, a, b):
+    x[[a, b]] = x[[b, a]]
+
+
+def edit(*path_and_value):
+    *path, key, value = path_and_value
+
+    def change(found):
+        for step in path:
+            found = found[step]
+        found[key] = value(found[key]) if callable(value) else value
+    return change
+
+
+#: What is wrong, in which model, by which change, and a word of the reason.
+WEIGHTS = {
+    "letters exchanged": (STRICT, lambda w: swap(embedding(w), 1, 2), "leads by"),
+    "codes exchanged": (STRICT, lambda w: swap(w["recurrent.codes"], 0, 1), "leads by"),
+    "a code beside another": (STRICT, lambda w: w["recurrent.codes"][1].copy_(
+        w["recurrent.codes"][0] + 1e-3), "leads by"),
+    "a code twice": (STRICT, lambda w: w["recurrent.codes"][1].copy_(w["recurrent.codes"][0]), ""),
+    "not a number": (STRICT, lambda w: w["recurrent.codes"][0, :1].fill_(torch.nan), ""),
+    "infinite": (STRICT, lambda w: w["recurrent.norm.weight"][:1].fill_(torch.inf), ""),
+    "overflow": (STRICT, lambda w: embedding(w)[1, :1].fill_(3e38), "too large"),
+    "the mixture": (STRICT, lambda w: w["recurrent.block.ffn.shared.0.down.weight"].mul_(-3),
+                    "leads by"),
+    "an expert": (STRICT, lambda w: w["recurrent.block.ffn.down"].mul_(-9), "leads by"),
+    "values": (DILATED, lambda w: w["recurrent.block.attn.out.weight"].zero_(), "leads by"),
+    "coda": (STRICT, lambda w: w["coda.0.ffn.down.weight"].mul_(-20), "answer"),
+    "nothing before the start": (DILATED, lambda w: w["recurrent.block.attn.start"].neg_().mul_(3),
+                                 "leads by"),
+    "queries": (DILATED, lambda w: w["recurrent.block.attn.qkv.weight"][:64].neg_().mul_(4), ""),
+    "letters of a scan": (DILATED, lambda w: swap(embedding(w), 1, 2), "leads by"),
+    "codes of a scan": (DILATED, lambda w: swap(w["recurrent.codes"], 0, 1), "leads by"),
+    "norm": (DILATED, lambda w: w["recurrent.loop_norm.weight"].neg_(), "leads by"),
+}
+CERTIFICATES = {
+    "not proved": (STRICT, edit("proved", False), "it says"),
+    "another digest": (STRICT, edit("weights", "0" * 64), "other weights"),
+    "another arithmetic": (STRICT, edit("arithmetic", "bfloat16"), "must be one of"),
+    "a wrong start": (STRICT, edit("asked", "start", 1), ""),
+    "an answer asked for": (STRICT, edit("asked", "answer", 0, 0, 2), "is not answered"),
+    "a move": (STRICT, edit("asked", "next_state", 0, 0, 1), ""),
+    "no start": (STRICT, edit("table", "rows", lambda rows: rows[1:]), "start of a string"),
+    "a missing context": (STRICT, edit("table", "rows", lambda rows: rows[:-1]), "goes nowhere"),
+    "a code that follows": (STRICT, edit("table", "rows", 1, 2, 0, lambda code: 1 - code), ""),
+    "an answer": (STRICT, edit("table", "answers", 0, 1, lambda token: 3 - token), ""),
+    "no table": (STRICT, edit("table", None), ""),
+    "no contexts": (STRICT, edit("table", "rows", []), "start of a string"),
+    "a missing product": (DILATED, edit("table", "products", lambda rows: rows[:-1]), "missing"),
+    "a missing letter": (DILATED, edit("table", "letters", lambda rows: rows[1:]), "missing"),
+    "a product": (DILATED, edit("table", "products", -1, 1, lambda code: 1 - code), "mean"),
+    "rest": (DILATED, edit("table", "products", 0, 1, lambda code: 1 - code), ""),
+    "a meaning": (DILATED, edit("table", "meaning", 0, 1, lambda act: act[::-1]), "mean"),
+    "a missing meaning": (DILATED, edit("table", "meaning", lambda rows: rows[1:]), ""),
+    "an answer of a scan": (DILATED, edit("table", "answers", 0, 1, lambda token: 3 - token), ""),
+    "a start of a scan": (DILATED, edit("asked", "start", 1), "not answered"),
+}
+CONFIGS = {
+    "window": (STRICT, {"window": 2}, "window"), "carry": (STRICT, {"carry": True}, "carry"),
+    "positions": (STRICT, {"rope": True}, "rope"), "heads": (STRICT, {"n_kv_heads": 4}, ""),
+    "kind": (STRICT, {"strict": False}, "strict"),
+    "reach": (DILATED, {"dilation": 3}, ""),
+    "prelude": (DILATED, {"prelude_layers": 0}, "leads by")}
+
+
+@pytest.mark.parametrize("what", WEIGHTS)
+def test_other_weights_are_refused(what, folder):
+    name, change, why = WEIGHTS[what]
+    with pytest.raises((Refused, ArithmeticError, IndexError, ValueError), match=why or None):
+        check.check(folder(name, tensors=change))
+
+
+@pytest.mark.parametrize("what", CERTIFICATES)
+def test_other_certificates_are_refused(what, folder):
+    name, change, why = CERTIFICATES[what]
+    with pytest.raises((Refused, KeyError, TypeError), match=why or None):
+        check.check(folder(name, certificate=change))
+
+
+@pytest.mark.parametrize("what", CONFIGS)
+def test_other_configs_are_refused(what, folder):
+    name, change, why = CONFIGS[what]
+    with pytest.raises((Refused, KeyError, IndexError, ValueError), match=why or None):
+        check.check(folder(name, config=change))
+
+
+def test_one_bit_of_the_weights(folder):
+    out = folder(STRICT)
+    data = bytearray((out / "model.safetensors").read_bytes())
+    data[-5] ^= 1
+    (out / "model.safetensors").write_bytes(data)
+    with pytest.raises(Refused, match="the certificate is of other weights"):
+        check.check(out)
+
+
+def test_the_command_says_what_it_found_and_exits_accordingly(folder, capsys):
+    assert check.main([str(folder(DILATED))]) == 0
+    assert capsys.readouterr().out.startswith("proved: ")
+    broken = folder(STRICT, certificate=edit("asked", "start", 1))
+    for argv, why in (([str(broken)], "not proved: "), ([], "not proved: usage: "),
+                      ([str(broken / "nowhere")], "not proved: FileNotFoundError")):
+        assert check.main(argv) == 1
+        assert capsys.readouterr().out.startswith(why)
+    (broken / "model.safetensors").write_bytes(b"nothing")
+    assert check.main([str(broken)]) == 1 and "not proved" in capsys.readouterr().out
+
+
+def test_weights_of_another_dtype_than_the_arithmetic_are_refused(folder):
+    with pytest.raises(Refused, match="is F32: must be F64 for float64"):
+        check.check(folder(STRICT, certificate=edit("arithmetic", "float64")))
+
+
