@@ -6,6 +6,7 @@ CPU.
 """
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mythos_core.model.config import MythosConfig
+from mythos_core.model.layers import evaluated
 from mythos_core.model.model import OpenMythos
 
 COMPONENTS = {  # first match wins
@@ -133,20 +135,21 @@ class DepthSweep:
 
 
 @torch.no_grad()
+@evaluated
 def depth_sweep(model: OpenMythos, ids: Int[Tensor, "batch seq"],
                 targets: Int[Tensor, "batch seq"], n_loops: int) -> DepthSweep:
     """Answers after each of 1 .. n_loops loops, from one pass: the coda reads the state after every
     loop."""
     ctx, correct = model.context(ids), []
-    model.eval()(ids, n_loops,
-                 observer=lambda record: correct.append(
-                     model.decode(record.output, ctx).argmax(-1) == targets))
+    model(ids, n_loops, observer=lambda record: correct.append(
+        model.decode(record.output, ctx).argmax(-1) == targets))
     executed = len(correct)
     correct += correct[-1:] * (n_loops - executed)
     return DepthSweep(torch.stack(correct).cpu(), torch.arange(1, n_loops + 1).clamp(max=executed))
 
 
 @torch.no_grad()
+@evaluated
 def logits_after(model: OpenMythos, ids: Int[Tensor, "batch seq"],
                  loops: list[int]) -> list[Float[Tensor, "batch seq vocab"]]:
     """Logits after each of these numbers of loops, from one pass of the largest, on the model's
@@ -158,7 +161,7 @@ def logits_after(model: OpenMythos, ids: Int[Tensor, "batch seq"],
         if record.loop + 1 in loops:
             outputs[record.loop + 1] = record.output
 
-    model.eval()(ids, max(loops), observer=look)
+    model(ids, max(loops), observer=look)
     ctx = model.context(ids)
     return [model.decode(outputs.get(n, outputs["last"]), ctx) for n in loops]
 
@@ -174,29 +177,28 @@ class HaltingMap:
 
 
 @torch.no_grad()
+@evaluated
 def halting_map(model: OpenMythos, ids: Int[Tensor, "batch seq"], n_loops: int) -> HaltingMap:
     """Halting probabilities and weights of one pass with at most n_loops loops."""
     if model.recurrent.act is None:
         raise ValueError(f"config.halting = {model.config.halting!r}: "
                          "a model without halting has no halting map")
     records = []
-    model.eval()(ids, n_loops,
-                 observer=lambda record: records.append((record.halt_probability,
-                                                         record.halt_weight)))
+    model(ids, n_loops, observer=lambda record: records.append((record.halt_probability,
+                                                                record.halt_weight)))
     probability, weight = (torch.stack(x).cpu() for x in zip(*records))
     loop = torch.arange(1, len(records) + 1)[:, None, None]
     return HaltingMap(probability, weight, ((weight > 0) * loop).amax(0), len(records))
 
 
 @torch.no_grad()
+@evaluated
 def expert_load(model: OpenMythos, ids: Int[Tensor, "batch seq"],
                 n_loops: int) -> Int[Tensor, "loops seq experts"]:
     """How often each expert was chosen, by loop and position, summed over the batch."""
     loads = []
-    model.eval()(ids, n_loops,
-                 observer=lambda record: loads.append(
-                     torch.nn.functional.one_hot(record.expert_ids,
-                                                 model.config.n_experts).sum((0, 2))))
+    model(ids, n_loops, observer=lambda record: loads.append(
+        torch.nn.functional.one_hot(record.expert_ids, model.config.n_experts).sum((0, 2))))
     return torch.stack(loads).cpu()
 
 
@@ -218,12 +220,13 @@ def max_violation(load: Tensor) -> float:
 
 
 @torch.no_grad()
+@evaluated
 def state_norms(model: OpenMythos, ids: Int[Tensor, "batch seq"],
                 n_loops: int) -> Float[Tensor, "loops"]:
     """Mean over batch and positions of ||h_t||_2 after each loop that ran."""
     norms = []
-    model.eval()(ids, n_loops,
-                 observer=lambda record: norms.append(record.h.float().norm(dim=-1).mean()))
+    model(ids, n_loops,
+          observer=lambda record: norms.append(record.h.float().norm(dim=-1).mean()))
     return torch.stack(norms).cpu()
 
 
@@ -231,8 +234,9 @@ def loop_map(model: OpenMythos, ids: Int[Tensor, "batch seq"], n_loops: int):
     """The map of one loop, h -> h_{n_loops + 1} with the input held, and the point h_{n_loops} that
     the model reaches."""
     with torch.no_grad():
-        ctx, e, states = trajectory(model.eval(), ids, n_loops)
-    return lambda state: model.recurrent.step(state, e, n_loops, ctx)[0], states[-1]
+        ctx, e, states = evaluated(trajectory)(model, ids, n_loops)
+    step = evaluated(lambda model, state: model.recurrent.step(state, e, n_loops, ctx)[0])
+    return partial(step, model), states[-1]
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ RULES = {
     **dict.fromkeys(["max_seq_len", "window"],
                     (lambda x: x is None or x >= 1, "None or at least 1")),
     **dict.fromkeys(["rope_theta", "init_std"], (lambda x: x > 0, "above 0")),
+    "embed_std": (lambda x: x is None or x > 0, "None or above 0"),
     "attn_type": (lambda x: x in ATTENTION, f"one of {ATTENTION}"),
     "halting": (lambda x: x in HALTING, f"one of {HALTING}"),
     "act_threshold": (lambda x: 0 < x <= 1, "in (0, 1]"),
@@ -92,6 +93,7 @@ class MythosConfig:
     rope: bool = True                # False: no position signal, "NoPE" (Kazemnejad et al. 2023)
     # weights ~ N(0, init_std^2); the working recipe needs dim ** -0.5
     init_std: float = 0.02
+    embed_std: float | None = None           # of the embedding; None = init_std
     # False: h_{t+1} is the block's output alone, without A * h_t + B * e
     carry: bool = True
     loop_norm: bool = False          # RMSNorm on h after every loop (Geiping et al. 2025)

@@ -1,5 +1,6 @@
 """The small parts: RMSNorm, rotary position embedding and the SwiGLU feed-forward."""
 from collections.abc import Callable
+from functools import wraps
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,21 @@ def known(ask: Callable):
         return ask()
     except RuntimeError:
         return None
+
+
+def evaluated(measure: Callable):
+    """A function of a model, its first argument, that runs it in eval mode, and leaves it in the
+    mode that it was in."""
+    @wraps(measure)
+    def restoring(model, *args, **kwargs):
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        try:
+            return measure(model, *args, **kwargs)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+    return restoring
 
 
 def several_processes() -> bool:

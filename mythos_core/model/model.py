@@ -17,7 +17,7 @@ from mythos_core.model.attention import Context
 from mythos_core.model.cache import KVCache
 from mythos_core.model.config import MythosConfig
 from mythos_core.model.dilated import DilatedBlock
-from mythos_core.model.layers import NORM_EPS, RMSNorm, known
+from mythos_core.model.layers import NORM_EPS, RMSNorm, evaluated, known
 from mythos_core.model.loop import Observer, RecurrentBlock, TransformerBlock
 from mythos_core.model.strict import StrictBlock
 from mythos_core.model.weights import PRETRAINED, digest, load_weights, read_config, shipped
@@ -59,10 +59,12 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
         self._init_weights()
 
     def _init_weights(self):
-        """Every matrix ~ N(0, init_std^2); vectors keep what their module gave them."""
+        """Every matrix ~ N(0, init_std^2), the embedding by embed_std; vectors keep what their
+        module gave them."""
         for parameter in self.parameters():
             if parameter.dim() >= 2:
-                nn.init.normal_(parameter, std=self.config.init_std)
+                embedding = self.config.embed_std if parameter is self.embed.weight else None
+                nn.init.normal_(parameter, std=embedding or self.config.init_std)
 
     def forward(self, ids: Tensor, n_loops: int | None = None, kv_cache: KVCache | None = None,
                 observer: Observer | None = None) -> Float[Tensor, "batch seq vocab"]:
@@ -150,13 +152,15 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
                               if not name.startswith("recurrent.act.")})
         return free.eval()
 
+    @evaluated
     @torch.no_grad()
     def generate(self, ids: Tensor, max_new_tokens: int = 64, n_loops: int = 8,
                  temperature: float = 1.0, top_k: int = 50,
                  generator: torch.Generator | None = None, use_cache: bool = True,
                  cache_loops: int | None = None,
                  observer: Observer | None = None) -> Int[Tensor, "batch longer"]:
-        """`ids` (B, S) continued by `max_new_tokens` sampled tokens: (B, S + max_new_tokens).
+        """`ids` (B, S) continued by `max_new_tokens` sampled tokens: (B, S + max_new_tokens), in
+        eval mode whatever the model's.
 
         Args:
             n_loops: loops for every token; a strict model reads the prompt in pieces of as many

@@ -8,9 +8,10 @@ has in its place, in the ball. Then
 
     |f'(x') - f"(x)|  <=  |f(x') - f(x)| + |f'(x') - f(x')| + |f"(x) - f(x)|
 
-with f' as the machine computes it and f" in float64. A Lipschitz constant of f over the ball bounds
-the first. The roundings are bounded by the unit roundoff u of the dtype, and by that of float64:
-one of both together is counted. For a sum of n products, whatever its order (Higham 2002, 3.1),
+with f' as the machine computes it and f" in float64. The first is that of real numbers: with J the
+Jacobian of f at the centre, it is at most |J| times the radius, and what second derivatives make of
+the ball. The roundings are bounded by the unit roundoff u of the dtype, and by that of float64: one
+of both together is counted. For a sum of n products, whatever its order (Higham 2002, 3.1),
 
     |f'(x') - f(x')|  <=  gamma_n sum_i |a_i b_i|,       gamma_n = n u / (1 - n u)
 
@@ -19,10 +20,8 @@ is taken 1e-9 larger.
 """
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -39,7 +38,6 @@ ROUNDOFF = {"float64": (2.0 ** -53, 2.0 ** -53, 0.0), "float32": (2.0 ** -24, 2.
 FUNCTION = 8
 ASSUMED = ("sums in any order, products fused or not, results rounded to nearest; "
            f"exp, rsqrt, sqrt, silu, cos and sin right to {FUNCTION} units of roundoff")
-STEEPEST, CURVED = 1.1, 0.5                      # above max |silu'| = 1.0998.., max |silu''| = 0.5
 
 
 def length(x: Float[Tensor, "*n dim"]) -> Float[Tensor, "*n 1"]:
@@ -47,28 +45,24 @@ def length(x: Float[Tensor, "*n dim"]) -> Float[Tensor, "*n 1"]:
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
 
 
-def spectral(A: Float[Tensor, "*n rows columns"]) -> Float[Tensor, "*n"]:
+def spectral(A: Float[Tensor, "*n rows columns"]) -> Float[Tensor, "*n 1"]:
     """A bound of the largest singular value, for 64 columns at most 1.14 times it, that takes
     products of matrices alone: |A|^2 = |A^T A| <= |(A^T A)^8|_F^(1/8)."""
     G = A.mT @ A if A.shape[-2] >= A.shape[-1] else A @ A.mT
     size = torch.linalg.matrix_norm(G).clamp(min=1e-200)
-    for H in (power := [G / size[..., None, None]]):
-        if len(power) < 4:
-            power.append(H @ H)
-    return (size * torch.linalg.matrix_norm(power[-1]) ** 0.125).sqrt() + 1e-9
+    H = G / size[..., None, None]
+    for _ in range(3):
+        H = H @ H
+    return ((size * torch.linalg.matrix_norm(H) ** 0.125).sqrt() + 1e-9).unsqueeze(-1)
 
 
 @dataclass(frozen=True)
 class Ball:
-    """x, and how far from it, at most: `error`, and in a sublayer, of which the input is known to
-    within `reach`, `slope` times that. The slope then bounds the first derivative of x by the
-    input over the ball, the bend the second, and the error is of rounding alone."""
+    """x, and how far from it: by `error` in any way, and by `along` z with |z| <= 1, if given."""
 
     x: Float[Tensor, "*n dim"]
     error: Float[Tensor, "*n 1"]
-    slope: Any = 0.0
-    bend: Any = 0.0
-    reach: Any = 0.0
+    along: Float[Tensor, "*n dim z"] | None = None
 
     @classmethod
     def exact(cls, x: Float[Tensor, "*n dim"]) -> "Ball":
@@ -76,32 +70,33 @@ class Ball:
 
     @property
     def radius(self) -> Float[Tensor, "*n 1"]:
-        radius = (self.error + self.slope * self.reach) * (1 + 1e-9)
+        radius = self.error * (1 + 1e-9)
+        radius = radius if self.along is None else radius + spectral(self.along)
         return radius.nan_to_num(nan=math.inf, posinf=math.inf)  # inf times 0
 
-    @property
-    def size(self) -> Float[Tensor, "*n 1"]:
-        """The length of any vector in it, at most."""
-        return length(self.x) + self.radius
-
     def __getitem__(self, index: Tensor | list[int]) -> "Ball":
-        return Ball(self.x[index], self.error[index])
+        along = None if self.along is None else self.along[index]
+        return Ball(self.x[index], self.error[index], along)
 
-    def begin(self, reach: Tensor | None = None, slope: float = 1.0) -> "Ball":
-        """The same ball as the input of a sublayer, or as one of several of a joint reach; with
-        slope 0 as one that does not vary."""
-        zero = torch.zeros_like(self.error)
-        return Ball(self.x, zero, zero + slope, zero, self.radius if reach is None else reach)
 
-    def then(self, x, slope, bend, error) -> "Ball":
-        """What an operation makes of it: x, by the slope and bend of the operation over this ball,
-        and its own rounding error."""
-        return Ball(x, slope * self.error + error, slope * self.slope,
-                    bend * self.slope ** 2 + slope * self.bend, self.reach)
+@dataclass(frozen=True)
+class Step:
+    """A differentiable operation on one ball or several: its value x at their centres, its Jacobian
+    by each, and `off`, all that is left out by these over the balls: second order, and rounding."""
+
+    x: Float[Tensor, "*n out"]
+    J: list[Float[Tensor, "*n out dim"]]
+    off: Float[Tensor, "*n 1"]
+
+    def of(self, *balls: Ball) -> Ball:
+        """What it makes of the balls that it was made for."""
+        error = self.off + sum(spectral(J) * b.error for J, b in zip(self.J, balls))
+        along = [J @ b.along for J, b in zip(self.J, balls) if b.along is not None]
+        return Ball(self.x, error, len(along) ** 0.5 * torch.cat(along, -1) if along else None)
 
 
 class Arithmetic:
-    """Operations on balls, for a model that computes in one of `ROUNDOFF`."""
+    """The roundings of a model that computes in one of `ROUNDOFF`, and the norm."""
 
     def __init__(self, name: str):
         self.sums, self.store, self.read = (u + ROUNDOFF["float64"][0] for u in ROUNDOFF[name])
@@ -124,72 +119,65 @@ class Arithmetic:
         """Of a result whose parts add up to `size`; infinite where something may overflow."""
         return (relative * size + self.tiny).where(size < self.largest, math.inf)
 
-    def linear(self, b: Ball, W: Float[Tensor, "out dim"]) -> Ball:
-        size = length(b.x.abs() @ W.abs().T) + torch.linalg.matrix_norm(W) * b.radius
-        return b.then(b.x @ W.T, self.bound(W), 0.0,
-                      self.rounding(self.gamma(W.shape[1]) + 2 * self.read, size))
+    def product(self, x: Tensor, r: Tensor, W: Float[Tensor, "out dim"]) -> Float[Tensor, "*n out"]:
+        """The rounding of each sum of W x, for all x within r."""
+        return self.rounding(self.gamma(W.shape[1]) + 2 * self.read,
+                             x.abs() @ W.abs().T + length(W).T * r)
+
+    def norm(self, b: Ball, m: RMSNorm) -> Step:
+        """x w / rho, rho^2 = mean(x^2) + eps; D = diag(w) (I - u u^T / dim) / rho with u = x / rho.
+        With the least rho of the ball |D^2| <= 1.53 max w / (rho^2 sqrt(dim)): split both arguments
+        along x and across it; the result's part along x is at most 2 / sqrt(3), across at most
+        1."""
+        d, w, r = b.x.shape[-1], m.weight, b.radius
+        rho = (length(b.x).square() / d + m.eps).sqrt()
+        least = ((length(b.x) - r).clamp(min=0).square() / d + m.eps).sqrt()
+        steep, u = w.abs().max() / least, b.x / rho
+        D = (w / rho).unsqueeze(-1) * (torch.eye(d, dtype=w.dtype)
+                                       - u.unsqueeze(-1) * u.unsqueeze(-2) / d)
+        size = length(u * w) + steep * r
+        size = size.where(length(b.x) + r < self.largest, math.inf)
+        second = 1.53 / 2 * steep / least / d ** 0.5 * r ** 2
+        return Step(u * w, [D], second + self.rounding(self.gamma(d + 2 * FUNCTION), size))
+
+    def normed(self, b: Ball, m: RMSNorm) -> Ball:
+        return self.norm(b, m).of(b)
 
     def add(self, a: Ball, b: Ball) -> Ball:
-        """Of two balls of one sublayer, or of none."""
+        """Of which one at most has a shape."""
         x, error = a.x + b.x, a.error + b.error
         return Ball(x, error + self.rounding(self.store, length(x) + a.radius + b.radius),
-                    a.slope + b.slope, a.bend + b.bend, a.reach)
+                    a.along if b.along is None else b.along)
 
-    def norm(self, b: Ball, m: RMSNorm) -> Ball:
-        """x w / rho, rho^2 = mean(x^2) + eps. With the least rho of the ball |D| <= max w / rho and
-        |D^2| <= 1.53 max w / (rho^2 sqrt(dim)): split both arguments of D^2 along x and across; the
-        result's part along x is at most 2 / sqrt(3), that across at most 1."""
-        d, w = b.x.shape[-1], m.weight
-        x = b.x * (length(b.x).square() / d + m.eps).rsqrt() * w
-        least = ((length(b.x) - b.radius).clamp(min=0).square() / d + m.eps).sqrt()
-        steep = w.abs().max() / least
-        size = (length(x) + steep * b.radius).where(b.size < self.largest, math.inf)
-        return b.then(x, steep, 1.53 * steep / least / d ** 0.5,
-                      self.rounding(self.gamma(d + 2 * FUNCTION), size))
-
-    def glu(self, b: Ball) -> Ball:
-        """silu(gate) up, of the two halves of b."""
-        (gate, up), r = b.x.chunk(2, -1), b.radius
-        x = F.silu(gate) * up
-        slope = torch.hypot((silu_slope(gate).abs() + CURVED * r).clamp(max=STEEPEST)
-                            * (up.abs() + r), F.silu(gate).abs() + STEEPEST * r)
-        slope = slope.amax(-1, keepdim=True)
-        bend = CURVED * (up.abs().amax(-1, keepdim=True) + r) + STEEPEST
-        return b.then(x, slope, bend, self.rounding(FUNCTION * self.sums + 2 * self.store,
-                                                    length(x) + slope * r))
-
-    def softmax(self, z: Float[Tensor, "*n k"], error: Float[Tensor, "*n 1"],
-                reach: Float[Tensor, "*n 1"]) -> tuple[Tensor, Tensor]:
+    def softmax(self, z: Float[Tensor, "*n k"], off: Float[Tensor, "*n 1"],
+                r: Float[Tensor, "*n 1"]) -> tuple[Tensor, Tensor]:
         """Weights, and by how much rounding may have them off, all together, where it has the
-        scores off by `error`, and they vary by `reach`. Before exp a difference is rounded.
+        scores off by `off`, and they vary by r. Before exp a difference is rounded.
 
         |D| <= 1/2, by Gershgorin's circles of diag(p) - p p^T. And |D^2| <= 1: with a and b the
         arguments less their means by p, D^2 is p_i (a_i b_i - sum_k p_k a_k b_k), where
         sum p |a b| <= 1/2 since a standard deviation is at most half the range.
         """
-        p, r = z.softmax(-1), error + reach
-        span = (z.amax(-1, keepdim=True) - z).where(p > 0, 0.0) + 2 * r
+        p, all_off = z.softmax(-1), off + r
+        span = (z.amax(-1, keepdim=True) - z).where(p > 0, 0.0) + 2 * all_off
         relative = self.store * (span + 1) + self.sums * (2 * FUNCTION + z.shape[-1])
-        return p, 0.5 * error + length(relative * (p + r / 2)) + self.tiny
+        return p, 0.5 * off + length(relative * (p + all_off / 2)) + self.tiny
 
     def leads(self, b: Ball, W: Float[Tensor, "choices dim"], offset: Float[Tensor, "choices"],
               chosen: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
         """By how many times its bound the score W_c x + offset_c of the `chosen` one leads each
         other, at least; infinity where there is no other."""
-        score = b.x @ W.T + offset
-        rounding = self.score_rounding(b, W, offset)
+        score, r = b.x @ W.T + offset, b.radius
+        rounding = self.score_rounding(b.x, r, W, offset)
         used, row = chosen.unique(return_inverse=True)           # few, of many contexts
         apart = torch.cdist(W[used], W, compute_mode="donot_use_mm_for_euclid_dist")[row]
         chosen = chosen.unsqueeze(-1)
-        off = apart * b.radius + rounding + rounding.gather(-1, chosen)
+        off = apart * r + rounding + rounding.gather(-1, chosen)
         lead = score.gather(-1, chosen) - score
         return (lead / off).scatter(-1, chosen, torch.inf).amin(-1)
 
-    def score_rounding(self, b: Ball, W: Tensor, offset: Tensor) -> Float[Tensor, "n choices"]:
-        size = b.x.abs() @ W.abs().T + length(W).T * b.radius + offset.abs()
-        relative = self.gamma(W.shape[1] + 2) + self.store + 2 * self.read
-        return self.rounding(relative, size.where(b.size < self.largest, math.inf))
-
-
-def silu_slope(x: Tensor) -> Tensor:
-    return x.sigmoid() * (1 + x * (1 - x.sigmoid()))
+    def score_rounding(self, x: Tensor, r: Tensor, W: Tensor, offset: Tensor) -> Tensor:
+        """Of each of W x + offset, for all x within r."""
+        return (self.product(x, r, W) + self.rounding(2 * self.store, x.abs() @ W.abs().T
+                                                      + length(W).T * r)
+                + self.rounding(self.gamma(W.shape[1] + 2), offset.abs()))

@@ -38,6 +38,7 @@ from mythos_core.model.weights import digest
 from mythos_core.proof.balls import ASSUMED, ROUNDOFF
 from mythos_core.proof.choices import with_codes
 from mythos_core.proof.closure import Closure
+from mythos_core.proof.invariant import Invariant, LoopCell, invariant
 from mythos_core.proof.scan import Scan, codes_by_element
 from mythos_core.tasks.automaton import NOT_ASKED
 from mythos_core.tasks.machines import Machine
@@ -59,25 +60,31 @@ class Certificate:
             a dilated one products.
         wrong: those in which the model answers otherwise, among the ones that the shortest strings
             with a wrong answer lead to; the search ends there.
-        codes: (n, dim) what states are rounded to.
-        state_margin: the least distance of a state from the border of its code's cell. This and
-            what follows is measured of a closed set alone, and else 0.
+        codes: (n, dim) what states are rounded to; of a model that is not rounded, the centres of
+            its balls.
+        state_margin: the least distance of a state from the border of its code's cell, or of an
+            image of a ball from the border of the ball that holds it. This and what follows is
+            measured of a closed set alone, and else 0.
         logit_margin: the least lead of an answer's logit; routing_margin: of a chosen expert's,
-            infinite where there is no other expert.
+            infinite where there is no other expert; both of a model with codes.
         safety: the least number of times that the lead of a "state" and of a "logit" exceeds the
-            bound of what arithmetic may do to it; a proof has both above 1.
+            bound of what arithmetic may do to it; a proof has both above 1. Of a model that is not
+            rounded, of a "state": a ball's radius over how far an image reaches from its centre.
         branched: contexts in which arithmetic may choose other experts, and both were followed.
-        model: the model with its states rounded to the codes: the one that the proof is about.
+        model: the one that the proof is about, its states rounded to the codes, if it is of such.
         asked: the machine, in its minimal form.
     """
 
     proved: bool
     reason: str
     arithmetic: str
-    codes: Float[Tensor, "codes dim"]
     model: OpenMythos
     asked: Machine
-    closure: Closure | Scan
+    closure: Closure | Scan | Invariant
+
+    @property
+    def codes(self) -> Float[Tensor, "codes dim"]:
+        return self.closure.codes
 
     @property
     def contexts(self) -> int:
@@ -89,23 +96,23 @@ class Certificate:
 
     @property
     def state_margin(self) -> float:
-        return self.closure.judged.margins["state"]
+        return self.closure.margins["state"]
 
     @property
     def logit_margin(self) -> float:
-        return self.closure.judged.margins["logit"]
+        return self.closure.margins["logit"]
 
     @property
     def routing_margin(self) -> float:
-        return self.closure.judged.margins["routing"]
+        return self.closure.margins["routing"]
 
     @property
     def safety(self) -> dict[str, float]:
-        return self.closure.judged.safety
+        return self.closure.safety
 
     @property
     def branched(self) -> int:
-        return self.closure.judged.branched
+        return self.closure.branched
 
     @cached_property
     def machine(self) -> Machine | None:
@@ -134,7 +141,7 @@ def _finite(x: float) -> float | None:
 
 def certify(model: OpenMythos, machine: Machine,
             codes: Float[Tensor, "codes dim"] | None = None,
-            arithmetic: str | None = None) -> Certificate:
+            arithmetic: str | None = None, rounded: bool = True) -> Certificate:
     """Prove that `model`, its states rounded to codes, answers as `machine` does on every string.
 
     Args:
@@ -145,6 +152,8 @@ def certify(model: OpenMythos, machine: Machine,
             nothing from the proof, which checks what they do.
         arithmetic: one of `balls.ROUNDOFF`; default that of the model's dtype. TF32 is of float32
             models, on a GPU where it is allowed.
+        rounded: False: prove the model without codes, as it was trained (`proof.invariant`). It has
+            to be strict.
 
     Raises:
         ValueError: if the model is not of the kind that the theorem is about, or
@@ -155,6 +164,8 @@ def certify(model: OpenMythos, machine: Machine,
     arithmetic = arithmetic or str(model.embed.weight.dtype).removeprefix("torch.")
     if arithmetic not in ROUNDOFF:
         raise ValueError(f"arithmetic = {arithmetic!r}: must be one of {sorted(ROUNDOFF)}")
+    if not rounded:
+        return _as_trained(model, machine, codes, arithmetic)
     if codes is None and model.recurrent.codes is not None:
         codes = model.recurrent.codes
     bare = with_codes(model, None)
@@ -232,13 +243,23 @@ def _certify(bare: OpenMythos, machine: Machine, codes: Tensor, arithmetic: str)
     model = with_codes(bare, codes)
     closure = (Scan(model, machine, arithmetic) if model.config.dilation > 1
                else Closure(model, machine.letters, machine, arithmetic)).run()
-    thin = [name for name, times in closure.judged.safety.items() if not times > 1]
-    reason = ""
-    if closure.wrong:
-        reason = closure.fault
-    elif not closure.closed:
+    return _certificate(closure, model, machine, arithmetic)
+
+
+def _as_trained(model: OpenMythos, machine: Machine, codes, arithmetic: str) -> Certificate:
+    if model.config.dilation > 1 or codes is not None:
+        raise ValueError("rounded = False: must be True for a dilated model, and with codes")
+    model = with_codes(model, None)
+    return _certificate(invariant(LoopCell(model, arithmetic), machine), model, machine, arithmetic)
+
+
+def _certificate(closure, model: OpenMythos, machine: Machine, arithmetic: str) -> Certificate:
+    """The verdict on a closure."""
+    reason = closure.fault
+    if not reason and not closure.closed:
         reason = f"not closed after {closure.contexts} contexts"
-    elif thin:
-        reason = "; ".join(f"a {name} leads by {closure.judged.safety[name]:.3g} times what "
-                           f"{arithmetic} may do to it: must be above 1" for name in thin)
-    return Certificate(not reason, reason, arithmetic, codes, model, machine, closure)
+    elif not reason:
+        reason = "; ".join(f"a {name} leads by {times:.3g} times what {arithmetic} may do to it: "
+                           "must be above 1" for name, times in closure.safety.items()
+                           if not times > 1)
+    return Certificate(not reason, reason, arithmetic, model, machine, closure)

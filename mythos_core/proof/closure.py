@@ -24,6 +24,7 @@ class Closure:
                  arithmetic: str = "float32"):
         self.model, self.letters, self.asked = model, letters, asked
         self.judged = Judged(model, arithmetic)
+        self.codes = model.recurrent.codes
         self.length, self.wrong, self.closed = 0, 0, False
         self.left_out = isinstance(asked, Machine) and bool((asked.answer == NOT_ASKED).any())
         self.follows: dict[Context, int] = {}                    # context -> code
@@ -32,9 +33,21 @@ class Closure:
         self.seen: set[tuple[Context, Any]] = set()
 
     @property
+    def margins(self) -> dict[str, float]:
+        return self.judged.margins
+
+    @property
+    def safety(self) -> dict[str, float]:
+        return self.judged.safety
+
+    @property
+    def branched(self) -> int:
+        return self.judged.branched
+
+    @property
     def fault(self) -> str:
         """What is wrong, if something is."""
-        return f"a string of length {self.length} is answered wrong"
+        return f"a string of length {self.length} is answered wrong" if self.wrong else ""
 
     @property
     def contexts(self) -> int:

@@ -1,10 +1,8 @@
 """A model's steps on balls (`proof.balls`): what its own arithmetic may make of each context.
 
 A block x + f(x) is as steep as I + Df is, and not as 1 and all the factors of Df are together:
-those say thousands where 2 is true. So Df is computed at the centre; with a bound of the second
-derivative over the ball, Taylor's formula bounds what that leaves out:
-
-    |x' + f(x') - x - f(x)|  <=  |I + Df(x)| r + 1/2 sup |D^2 f| r^2        for |x' - x| <= r
+those say thousands where 2 is true. So a sublayer is one `Step`, with its Jacobian at the centre;
+within it, roundings and second derivatives are bounded by the norms of what follows them.
 """
 from collections.abc import Iterator, Sequence
 from itertools import combinations
@@ -19,144 +17,152 @@ from mythos_core.model.attention import GQA
 from mythos_core.model.layers import RMSNorm, rope_table, rotate
 from mythos_core.model.model import OpenMythos
 from mythos_core.model.moe import MoE
-from mythos_core.proof.balls import FUNCTION, Arithmetic, Ball, length, silu_slope, spectral
+from mythos_core.proof.balls import FUNCTION, Arithmetic, Ball, Step, length, spectral
 
 PART = 128          # contexts of one pass: a Jacobian each
+# above max |silu'| = 1.0998.., |silu''| = 0.5, |silu'''| = 0.3082..
+SILU = (1.1, 0.5, 0.31)
 Experts = Bool[Tensor, "n experts"]
 
 
 class Enclosure(Arithmetic):
     """The blocks of a float64 model on balls, for a model that computes in `arithmetic`."""
 
-    def swiglu(self, b: Ball, m: Any) -> tuple[Ball, Tensor]:
-        """Its ball, and its Jacobian at the centre."""
-        inner = self.linear(b, m.gate_up.weight)
-        gate, up = inner.x.chunk(2, -1)
-        return (self.linear(self.glu(inner), m.down.weight),
-                _gated(m.down.weight, m.gate_up.weight, silu_slope(gate) * up, F.silu(gate)))
+    def unit(self, y: Ball, gate_up: Tensor, down: Tensor, gates: tuple | None = None) -> Step:
+        """down(silu(gate y) * up y), where `gates` weigh the channels: (weights, what they vary by
+        in all, to the second order, by rounding)."""
+        r = y.radius
+        gate, up = (y.x @ gate_up.T).chunk(2, -1)
+        g_off, u_off = self.product(y.x, r, gate_up).chunk(2, -1)
+        g_by, u_by = (length(gate_up).T * r).chunk(2, -1)        # how far each channel varies
+        g_by, u_by = g_by + g_off, u_by + u_off
+        silu, slope, bend = F.silu(gate), _slope(gate).abs(), _bend(gate).abs()
+        h, big_up = silu * up, up.abs() + u_by
+        second = (0.5 * (bend + SILU[2] * g_by).clamp(max=SILU[1]) * g_by ** 2 * big_up
+                  + slope * g_by * u_by)
+        steep = (slope + SILU[1] * g_by).clamp(max=SILU[0]) * big_up
+        flat = silu.abs() + SILU[0] * g_by
+        by = steep * g_by + flat * u_by
+        off = steep * g_off + flat * u_off + self.rounding(
+            FUNCTION * self.sums + 2 * self.store, h.abs() + by)
+        by_gate, by_up, more, varies = _slope(gate) * up, silu, 0.0, length(by)
+        if gates is not None:
+            w, w_by, w_second, w_off = gates
+            most = length(h) + length(by)
+            more = w_by * length(by) + most * (w_second + w_off) + length(off) * w_by
+            h, off, second = w * h, w * off + self.rounding(self.store, h.abs() + by), w * second
+            by_gate, by_up, varies = w * by_gate, w * by_up, varies + most * w_by
+        left_out = (self.bound(down) * (length(off) + more) + length(second @ down.abs().T)
+                    + length(self.product(h, varies, down)))
+        return Step(h @ down.T, [_gated(down, gate_up, by_gate, by_up)], left_out)
 
-    def beats(self, b: Ball, m: MoE) -> Bool[Tensor, "n experts experts"]:
+    def beats(self, y: Ball, m: MoE) -> Bool[Tensor, "n experts experts"]:
         """Whether the first expert's score is above the second's in all of the ball."""
-        W = m.router.weight
-        score, off = b.x @ W.T + m.router_bias, self.score_rounding(b, W, m.router_bias)
-        off = torch.cdist(W, W) * b.radius.unsqueeze(-1) + off.unsqueeze(-1) + off.unsqueeze(-2)
+        W, r = m.router.weight, y.radius
+        score, off = y.x @ W.T + m.router_bias, self.score_rounding(y.x, r, W, m.router_bias)
+        off = torch.cdist(W, W) * r.unsqueeze(-1) + off.unsqueeze(-1) + off.unsqueeze(-2)
         return score.unsqueeze(-1) - score.unsqueeze(-2) > off
 
-    def moe(self, b: Ball, m: MoE, chosen: Experts) -> tuple[Ball, Tensor]:
-        """Its ball and its Jacobian at the centre, with these experts for each context."""
+    def moe(self, y: Ball, m: Any, chosen: Experts) -> Step:
+        """With these experts for each context."""
         c, W = m.config, m.router.weight
-        steep = self.bound(W) * (c.n_experts_per_tok > 1)        # of one weight, which is 1
-        z = (b.x @ W.T).masked_fill(~chosen, -torch.inf)
-        off = length(self.score_rounding(b, W, torch.zeros_like(m.router_bias)))
-        gates, gate_error = self.softmax(z, steep * b.error + off, steep * b.slope * b.reach)
-        inner = self.linear(b, m.gate_up.flatten(0, 2))
-        gate, up = inner.x.chunk(2, -1)
-        h = self.glu(inner)
-        each = h.x.unflatten(-1, (c.n_experts, c.expert_dim))    # (n, experts, channels)
-        wide = gates.repeat_interleave(c.expert_dim, -1)
-        most = length(each).amax(-2) + h.radius
-        top = gates.amax(-1, keepdim=True) + gate_error + steep * b.slope * b.reach / 2
-        g_slope = steep * b.slope / 2
-        g_bend = steep ** 2 * b.slope ** 2 + steep * b.bend / 2
-        mixed = Ball(h.x * wide, top * h.error + most * gate_error
-                     + self.rounding(self.store, top * h.size), top * h.slope + most * g_slope,
-                     top * h.bend + 2 * g_slope * h.slope + most * g_bend, b.reach)
-        down = m.down.flatten(0, 1).T
-        out = self.linear(mixed, down)
-        J = _gated(down, m.gate_up.flatten(0, 2), wide * silu_slope(gate) * up,
-                   wide * F.silu(gate))
-        # and by the gates: dg_e = g_e (w_e - sum_k g_k w_k)
-        by_gate = torch.einsum("eho,neh->noe", m.down, each)
-        J = J + by_gate @ (gates.unsqueeze(-1) * (W - (gates @ W).unsqueeze(-2)))
+        off, by = length(self.product(y.x, y.radius, W)), self.bound(W) * y.radius
+        p, p_off = self.softmax((y.x @ W.T).masked_fill(~chosen, -torch.inf), off, by)
+        if c.n_experts_per_tok == 1:                             # its weight is 1
+            by, p_off = 0 * by, 0 * p_off
+        down, gate_up = m.down.flatten(0, 1).T, m.gate_up.flatten(0, 2)
+        out = self.unit(y, gate_up, down, (p.repeat_interleave(c.expert_dim, -1), by / 2,
+                                           by ** 2 / 2, p_off))
+        if c.n_experts_per_tok > 1:                              # dp_e = p_e (w_e - sum_k p_k w_k)
+            gate, up = (y.x @ gate_up.T).chunk(2, -1)
+            each = (F.silu(gate) * up).unflatten(-1, (c.n_experts, -1))
+            out.J[0] += torch.einsum("eho,neh->noe", m.down, each) @ (
+                p.unsqueeze(-1) * (W - (p @ W).unsqueeze(-2)))
         for shared in m.shared:
-            more, by = self.swiglu(b, shared)
-            out, J = self.add(out, more), J + by
-        return out, J
+            more = self.unit(y, shared.gate_up.weight, shared.down.weight)
+            x, r = out.x + more.x, length(out.x) + length(more.x) + (
+                spectral(out.J[0]) + spectral(more.J[0])) * y.radius
+            out = Step(x, [out.J[0] + more.J[0]], out.off + more.off + self.rounding(self.store, r))
+        return out
 
-    def slots(self, balls: list[Ball], m: GQA) -> tuple[Ball, list[Tensor]]:
+    def slots(self, balls: list[Ball], m: GQA) -> Step:
         """Attention of the first ball, of a position's own slot, over all, or with a window of 1
-        to itself alone: its ball, and its Jacobian at the centre by each. They have one reach, the
-        joint one."""
-        c, d = m.config, m.head_dim
+        to itself alone."""
+        c, d, n = m.config, m.head_dim, len(balls)
         scale, groups = d ** -0.5, c.n_heads // c.n_kv_heads
-        Wq, Wk, Wv = m.qkv.weight.split([n * d for n in (c.n_heads, c.n_kv_heads, c.n_kv_heads)])
-        q = self.linear(balls[0], Wq)
-        keys, values = (_stacked([self.linear(b, W) for b in balls]) for W in (Wk, Wv))
-        turn = rope_table(0, len(balls), c.n_kv_heads, d, c.rope_theta, q.x)
-        qx = q.x.unflatten(-1, (c.n_kv_heads, groups, 1, d))                 # (n, KV, G, 1, d)
-        kx = rotate(keys.x.unflatten(-1, (c.n_kv_heads, d)), turn).movedim(-3, -2).unsqueeze(-3)
-        vx = values.x.unflatten(-1, (c.n_kv_heads, d)).movedim(-3, -2).unsqueeze(-3)
+        Wq, Wk, Wv = m.qkv.weight.split([h * d for h in (c.n_heads, c.n_kv_heads, c.n_kv_heads)])
+        y = torch.stack([b.x for b in balls], -2)                            # (n, slots, dim)
+        r = torch.stack([b.radius for b in balls], -2)                       # (n, slots, 1)
+        q, keys, values = y[:, 0] @ Wq.T, y @ Wk.T, y @ Wv.T
+        turn = rope_table(0, n, c.n_kv_heads, d, c.rope_theta, q)
+        qx = q.unflatten(-1, (c.n_kv_heads, groups, 1, d))                   # (n, KV, G, 1, d)
+        kx = rotate(keys.unflatten(-1, (c.n_kv_heads, d)), turn).movedim(-3, -2).unsqueeze(-3)
+        vx = values.unflatten(-1, (c.n_kv_heads, d)).movedim(-3, -2).unsqueeze(-3)
+        q_off, k_off, v_off = (length(self.product(y if i else y[:, :1], r if i else r[:, :1], W))
+                               for i, W in enumerate((Wq, Wk, Wv)))
         # angles are rounded, and their functions, of which two products are added and stored
-        turned = (2 * (FUNCTION + len(balls)) * self.sums + self.store) * keys.size
-        big_q, big_k, big_v = (length(x).squeeze(-1) + _by_head(b.radius)    # (n, KV, G, slots)
-                               for x, b in ((qx, q), (kx, keys), (vx, values)))
-        q_slope, q_bend, q_error = (_by_head(x) for x in (q.slope, q.bend, q.error))
-        k_slope, k_bend, k_error = (_by_head(x) for x in (keys.slope, keys.bend,
-                                                          keys.error + turned))
-        # scores: products of two things, each of which varies
-        slope = length(scale * (big_q * k_slope + big_k * q_slope))
-        bend = length(scale * (2 * q_slope * k_slope + big_q * k_bend + big_k * q_bend))
-        off = length(scale * (big_q * k_error + big_k * q_error)
+        k_off = k_off + (2 * (FUNCTION + n) * self.sums + self.store) * (length(keys) + r + k_off)
+        q_by, k_by, v_by = (_by_head(self.bound(W) * (r if i else r[:, :1]) + off)
+                            for i, (W, off) in enumerate(((Wq, q_off), (Wk, k_off), (Wv, v_off))))
+        q_off, k_off, v_off = (_by_head(off) for off in (q_off, k_off, v_off))
+        big_q, big_k, big_v = (length(x).squeeze(-1) + by                    # (n, KV, G, slots)
+                               for x, by in ((qx, q_by), (kx, k_by), (vx, v_by)))
+        off = length(scale * (big_q * k_off + big_k * q_off)
                      + self.rounding(self.gamma(d + 2), scale * big_q * big_k))
-        p, p_error = self.softmax((qx * kx).sum(-1) * scale, off, slope * _by_head(q.reach))
-        if len(balls) == 1:                      # the one weight is 1, whatever its score
-            p_error, slope, bend = 0 * p_error, 0 * slope, 0 * bend
-        wide, spread = length(big_v), groups ** 0.5                          # (n, KV, G, 1)
-        # each value varies by its own slot alone, but heads weigh the slots' errors differently
-        v_slope, v_bend, v_error = (spread * values.slope.amax(-2), spread * values.bend.amax(-2),
-                                    spread * length(values.error.squeeze(-1)))
-        mixed = Ball((p.unsqueeze(-1) * vx).sum(-2).flatten(-3),
-                     _over_heads((p_error + self.gamma(len(balls) + 1)) * wide) + v_error,
-                     _over_heads(slope / 2 * wide) + v_slope,
-                     _over_heads((slope ** 2 + bend / 2) * wide
-                                 + slope * _by_head(values.slope.amax(-2))) + v_bend,
-                     q.reach)
-        return self.linear(mixed, m.out.weight), _slot_slopes(m, turn, qx, kx, vx, p)
+        by = length(scale * (big_q * k_by + big_k * q_by))       # how far the scores vary
+        p, p_off = self.softmax((qx * kx).sum(-1) * scale, off, by)
+        second = length(scale * q_by * k_by) / 2 + by ** 2 / 2
+        if n == 1:                                               # the one weight is 1
+            by, p_off, second = 0 * by, 0 * p_off, 0 * second
+        wide, spread = length(big_v), groups ** 0.5
+        mixed = (p.unsqueeze(-1) * vx).sum(-2).flatten(-3)
+        inner = (_over_heads((p_off + second + self.gamma(n + 1)) * wide + by / 2 * length(v_by))
+                 + spread * length(v_off).flatten(1))
+        varies = _over_heads(by / 2 * wide) + spread * length(v_by).flatten(1) + inner
+        out = m.out.weight
+        left_out = self.bound(out) * inner + length(self.product(mixed, varies, out))
+        return Step(mixed @ out.T, _slot_slopes(m, turn, qx, kx, vx, p), left_out)
+
+    def residual(self, f: Step, norms: list[Step], of: Sequence[Ball]) -> Ball:
+        """of_0 + f(norms(of))."""
+        off = f.off + sum(spectral(J) * norm.off for J, norm in zip(f.J, norms))
+        slopes = [J @ norm.J[0] for J, norm in zip(f.J, norms)]
+        slopes[0] = slopes[0] + torch.eye(f.x.shape[-1], dtype=f.x.dtype)
+        x = of[0].x + f.x
+        out = Step(x, slopes, off).of(*of)
+        return Ball(x, out.error + self.rounding(self.store, length(x) + out.radius), out.along)
 
     def attend(self, b: Ball, others: Sequence[Ball | None], m: Any) -> Ball:
         """x + attention(norm(x)): of a position to itself, and to what lies in the other slots of a
         dilated block, None for nothing."""
         there = [b, *(other for other in others if other is not None)]
-        reach = torch.stack([each.radius for each in there]).square().sum(0).sqrt()
-        normed = iter([self.norm(each.begin(reach), m.attn_norm) for each in there])
-        out, slopes = self.slots(
-            [next(normed) if each is not None else
-             Ball.exact(m.attn.start.expand_as(b.x)).begin(reach, 0.0) for each in (b, *others)],
-            m.attn)
-        known = [J for J, each in zip(slopes, (b, *others)) if each is not None]
-        return self.residual(out, known, there, m.attn_norm)
+        norms = [self.norm(each, m.attn_norm) for each in there]
+        read = iter([norm.of(each) for norm, each in zip(norms, there)])
+        f = self.slots([next(read) if each is not None else Ball.exact(m.attn.start.expand_as(b.x))
+                        for each in (b, *others)], m.attn)
+        known = [J for J, each in zip(f.J, (b, *others)) if each is not None]
+        return self.residual(Step(f.x, known, f.off), norms, there)
 
     def feed(self, b: Ball, m: Any, chosen: Experts | None = None) -> Ball:
         """x + ffn(norm(x))."""
-        inner = self.norm(b.begin(), m.ffn_norm)
-        out, J = self.swiglu(inner, m.ffn) if chosen is None else self.moe(inner, m.ffn, chosen)
-        return self.residual(out, [J], [b], m.ffn_norm)
-
-    def residual(self, f: Ball, J: list[Tensor], of: list[Ball], m: RMSNorm) -> Ball:
-        """of_0 + f(of), by the Jacobians of f by each of `of`, behind the norm m."""
-        d, error = f.x.shape[-1], f.bend * f.reach ** 2 / 2 + f.error
-        for i, (slope, b) in enumerate(zip(J, of)):
-            rms = (length(b.x).square() / d + m.eps).sqrt()
-            A, x = slope * (m.weight / rms).unsqueeze(-2), b.x / rms
-            A = A - (A @ (x / d).unsqueeze(-1)) @ x.unsqueeze(-2)            # J Dnorm
-            A = A + torch.eye(d, dtype=x.dtype) if i == 0 else A
-            error = error + spectral(A).unsqueeze(-1) * b.radius
-        x = of[0].x + f.x
-        return Ball(x, error + self.rounding(self.store, length(x) + error))
+        norm = self.norm(b, m.ffn_norm)
+        y = norm.of(b)
+        f = (self.unit(y, m.ffn.gate_up.weight, m.ffn.down.weight) if chosen is None
+             else self.moe(y, m.ffn, chosen))
+        return self.residual(f, [norm], [b])
 
 
 class Enclosed:
-    """A model with codes, of a window of 1 or dilated, on balls: by how many times their bounds the
-    choices lead that it makes in contexts of the kinds of `proof.closure` and `proof.scan`.
+    """A model of a window of 1, strict or dilated, on balls.
 
-    Where two sets of experts are possible, both are followed (`branched` counts such contexts), and
-    the less clear choice counts.
+    With codes it says by how many times their bounds the choices lead that it makes in contexts of
+    the kinds of `proof.choices`. Where two sets of experts are possible, both are followed
+    (`branched` counts such contexts), and the less clear choice counts.
     """
 
     def __init__(self, judge: OpenMythos, arithmetic: str):
         self.model, self.loop, self.maths = judge, judge.recurrent, Enclosure(arithmetic)
         self.codes, self.branched = self.loop.codes, 0
-        self.offset = -0.5 * self.codes.square().sum(-1)
         x = Ball.exact(judge.embed.weight)
         for block in judge.prelude:
             x = self.maths.feed(self.maths.attend(x, [], block), block)
@@ -166,32 +172,39 @@ class Enclosed:
         """Of a strict model the codes chosen behind (the code before or None, letter)."""
         before = torch.cat([self.codes, torch.zeros_like(self.codes[:1])])   # None: -1, the last
         rows = [-1 if code is None else code for code, _ in part]
-        x = self.maths.add(Ball.exact(before[rows]), self.tokens[_letters(part)])
-        return self._loop(self.maths.norm(x, self.loop.norm), [], chosen)
+        letters = self.tokens[[letter + 1 for _, letter in part]]
+        x = self.maths.add(Ball.exact(before[rows]), letters)
+        return self._lead(self.maths.normed(x, self.loop.norm), [], chosen)
 
     def combine(self, part: list[tuple[tuple[str, int], ...]], chosen: Tensor) -> Tensor:
         """Of a dilated model the codes chosen for rows of m operands, all letters or all codes."""
         kind, r = part[0][0][0], self.model.config.dilation
         of = self.tokens if kind == "letter" else Ball.exact(self.codes)
-        z = self.maths.norm(of, self.loop.norm)
+        z = self.maths.normed(of, self.loop.norm)
         numbers = torch.tensor([[number + (kind == "letter") for _, number in row]
                                 for row in part])
         there = [z[column] for column in numbers.flip(1).T]      # the latest first
-        return self._loop(there[0], [*there[1:], *[None] * (r - len(there))], chosen)
+        return self._lead(there[0], [*there[1:], *[None] * (r - len(there))], chosen)
 
     def decode(self, part: list[int], chosen: Tensor) -> Tensor:
         """The answers chosen behind codes."""
-        x = Ball.exact(self.codes[part])
+        return self.answers(Ball.exact(self.codes[part]), chosen)
+
+    def answers(self, x: Ball, chosen: Tensor) -> Tensor:
+        """By how much the answers chosen behind states lead."""
         for block in self.model.coda:
             x = self.maths.feed(self.maths.attend(x, [], block), block)
         W = self.model.head.weight
-        return self.maths.leads(self.maths.norm(x, self.model.norm), W, W.new_zeros(len(W)), chosen)
+        return self.maths.leads(self.maths.normed(x, self.model.norm), W, W.new_zeros(len(W)),
+                                chosen)
 
-    def _loop(self, z: Ball, others: Sequence[Ball | None], chosen: Tensor) -> Tensor:
-        block, out = self.loop.block, torch.full((len(chosen),), torch.inf, dtype=z.x.dtype)
-        for rows in torch.arange(len(chosen)).split(PART):
+    def states(self, z: Ball, others: Sequence[Ball | None]) -> Iterator[tuple[Tensor, Ball]]:
+        """What the loop makes of z, with what lies in the other slots: the rows of some contexts,
+        and their states, by each set of experts that is possible there."""
+        block = self.loop.block
+        for rows in torch.arange(len(z.x)).split(PART):
             x = self.maths.attend(z[rows], [b and b[rows] for b in others], block)
-            beats = self.maths.beats(self.maths.norm(x, block.ffn_norm), block.ffn)
+            beats = self.maths.beats(self.maths.normed(x, block.ffn_norm), block.ffn)
             sets = [list(_possible(each, block.ffn.config.n_experts_per_tok)) for each in beats]
             self.branched += sum(len(of) > 1 for of in sets)
             for which in range(max(map(len, sets))):
@@ -199,14 +212,16 @@ class Enclosed:
                 experts = torch.stack([sets[i][which] for i in of.tolist()])
                 h = self.maths.feed(x[of], block, experts)
                 if isinstance(self.loop.loop_norm, RMSNorm):
-                    h = self.maths.norm(h, self.loop.loop_norm)
-                lead = self.maths.leads(h, self.codes, self.offset, chosen[rows][of])
-                out[rows[of]] = torch.minimum(out[rows[of]], lead)   # what is not a number wins
+                    h = self.maths.normed(h, self.loop.loop_norm)
+                yield rows[of], h
+
+    def _lead(self, z: Ball, others: Sequence[Ball | None], chosen: Tensor) -> Tensor:
+        out = torch.full((len(chosen),), torch.inf, dtype=z.x.dtype)
+        offset = -0.5 * self.codes.square().sum(-1)
+        for rows, h in self.states(z, others):
+            lead = self.maths.leads(h, self.codes, offset, chosen[rows])
+            out[rows] = torch.minimum(out[rows], lead)           # what is not a number wins
         return out
-
-
-def _letters(part) -> list[int]:
-    return [letter + 1 for _, letter in part]
 
 
 def _possible(beats: Bool[Tensor, "experts experts"], k: int) -> Iterator[Bool[Tensor, "experts"]]:
@@ -216,6 +231,17 @@ def _possible(beats: Bool[Tensor, "experts experts"], k: int) -> Iterator[Bool[T
     free = (~sure & ~out).nonzero().flatten().tolist()
     for more in combinations(free, k - int(sure.sum())):
         yield sure.scatter(0, torch.tensor(more, dtype=torch.int64), True)
+
+
+def _slope(x: Tensor) -> Tensor:
+    """silu'."""
+    return x.sigmoid() * (1 + x * (1 - x.sigmoid()))
+
+
+def _bend(x: Tensor) -> Tensor:
+    """silu''."""
+    s = x.sigmoid()
+    return s * (1 - s) * (2 + x * (1 - 2 * s))
 
 
 def _gated(down, gate_up, by_gate, by_up) -> Float[Tensor, "n out dim"]:
@@ -246,14 +272,8 @@ def _slot_slopes(m: GQA, turn, qx, kx, vx, p) -> list[Float[Tensor, "n out dim"]
     return slopes
 
 
-def _stacked(balls: list[Ball]) -> Ball:
-    """As one, with an axis of slots before the last."""
-    return Ball(*(torch.stack([getattr(b, name) for b in balls], -2)
-                  for name in ("x", "error", "slope", "bend", "reach")))
-
-
 def _by_head(x: Tensor) -> Float[Tensor, "n 1 1 slots"]:
-    """One number a context, (n, 1), or a slot, (n, slots, 1), for all heads."""
+    """One number a slot, (n, slots, 1), for all heads."""
     return x.flatten(1)[:, None, None]
 
 

@@ -57,15 +57,29 @@ class Scan:
     def __init__(self, model: OpenMythos, asked: Machine, arithmetic: str = "float32"):
         self.model, self.asked, self.monoid = model, asked, asked.monoid()
         self.judged = Judged(model, arithmetic)
+        self.codes = model.recurrent.codes
         self.length, self.wrong, self.closed, self.left_out = 0, 0, False, False
         self.meaning: dict[int, int] = {}                        # code -> element
         self.follows: dict[tuple[Operand, ...], int] = {}        # operands, the latest last -> code
         self.answers: dict[int, int] = {}                        # code -> token
 
     @property
+    def margins(self) -> dict[str, float]:
+        return self.judged.margins
+
+    @property
+    def safety(self) -> dict[str, float]:
+        return self.judged.safety
+
+    @property
+    def branched(self) -> int:
+        return self.judged.branched
+
+    @property
     def fault(self) -> str:
         """What is wrong, if something is."""
-        return f"{self.wrong} of {self.contexts} products or their answers are wrong"
+        return (f"{self.wrong} of {self.contexts} products or their answers are wrong"
+                if self.wrong else "")
 
     @property
     def contexts(self) -> int:

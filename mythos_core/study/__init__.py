@@ -16,7 +16,13 @@ from torch import Tensor
 from mythos_core.tasks.machines import machine
 from mythos_core.tasks.parity import make_batch
 from mythos_core.tasks.unbounded import task
-from mythos_core.training.recipes import Recipe, doubling_recipe, get_recipe, recipe_for
+from mythos_core.training.recipes import (
+    Recipe,
+    contracting_recipe,
+    doubling_recipe,
+    get_recipe,
+    recipe_for,
+)
 
 RESULTS = Path(__file__).parent / "results"
 SHARED = {"recipe", "versions"}   # fields of a row that many rows of a file have in common
@@ -41,13 +47,15 @@ LADDER: dict[str, Any] = dict(steps=1000, decay=0.3)
 
 def variant(name: str) -> Recipe:
     """The recipe of a variant; or "machine NAME" for that of a machine of `machines.machine`, and
-    "doubling machine NAME" for that of its doubling model; or "task NAME of N" for that of a task
+    "doubling machine NAME" or "contracting machine NAME" for those of its other models; or "task NAME of N" for that of a task
     of `tasks.task` on what is complete within N elements. ValueError listing the names there are.
     """
     if name.startswith("machine "):
         return recipe_for(machine(name.removeprefix("machine ")))
     if name.startswith("doubling machine "):
         return doubling_recipe(machine(name.removeprefix("doubling machine ")))
+    if name.startswith("contracting machine "):
+        return contracting_recipe(machine(name.removeprefix("contracting machine ")))
     if match := re.fullmatch(r"task (.+) of (\d+)", name):
         return recipe_for(task(match[1]).bounded(int(match[2])), **LADDER)
     if name not in VARIANTS:

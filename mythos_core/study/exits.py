@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from mythos_core.model.layers import evaluated
 from mythos_core.model.model import OpenMythos
 from mythos_core.probes import halting_map
 from mythos_core.study import fresh_strings
@@ -20,6 +21,7 @@ RULES: dict[str, tuple[float, ...]] = {
 
 
 @torch.no_grad()
+@evaluated
 def signals(model: OpenMythos, ids: Int[Tensor, "batch seq"], n_loops: int) -> dict[str, Tensor]:
     """What each of the `RULES` looks at, and which answers are `right`, after each loop of a run to
     the end: (T, B, S) by name."""
@@ -38,7 +40,7 @@ def signals(model: OpenMythos, ids: Int[Tensor, "batch seq"], n_loops: int) -> d
             values.append(current[name])
         previous.update(h=record.h, log_q=log_q, answer=answer, same=current["same"])
 
-    model.eval()(ids, n_loops, observer=look)
+    model(ids, n_loops, observer=look)
     return {name: torch.stack(values) for name, values in seen.items()}
 
 

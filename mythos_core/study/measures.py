@@ -25,7 +25,7 @@ from mythos_core.training import NotProved, Run, train
 MEASURES: dict[str, Callable[..., dict]] = {
     "ablations": accuracy_row, "reach": reach_row, "exits": exits_row, "experts": experts_row,
     "generation": generation_row, "proofs": proof_row, "machines": proof_row, "ladder": ladder_row,
-    "doubling": proof_row, "staircase": staircase_row, "far": far_row, "states": states_row,
+    "doubling": proof_row, "contracting": proof_row, "staircase": staircase_row, "far": far_row, "states": states_row,
     "gru": states_row, "pace": lambda run: {"threads": torch.get_num_threads()}}
 #: What trains for itself, by (peer, recipe, seed, device): not ours, or not by its own recipe.
 ALONE: dict[str, Callable[..., dict]] = {
@@ -43,7 +43,7 @@ def row_of(variant: str, seed: int, measure: str, *, steps: int | None = None,
         measure: one of `MEASURES` or of `ALONE`.
         steps: instead of the recipe's own number.
         runs: folder to keep trained models in: another measure then finds them trained.
-        arithmetic: of "proofs" and "doubling": one of `proofs.ARITHMETICS`, which the environment
+        arithmetic: of "proofs", "doubling" and "contracting": one of `proofs.ARITHMETICS`, which the environment
             must have.
         peer: of "peers": one of `peers.PEERS`; of "reference": of `reference.TRAINED`.
         device: to train on; None: the CPU.
@@ -53,7 +53,7 @@ def row_of(variant: str, seed: int, measure: str, *, steps: int | None = None,
     """
     if measure not in {**MEASURES, **ALONE}:
         raise ValueError(f"measure = {measure!r}: must be one of {sorted({**MEASURES, **ALONE})}")
-    if measure in ("proofs", "doubling"):
+    if measure in ("proofs", "doubling", "contracting"):
         check_arithmetic(arithmetic)
     recipe = study.variant(variant)
     recipe = replace(recipe, steps=steps) if steps else recipe

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mythos_core.model.cache import KVCache
+from mythos_core.model.layers import evaluated
 from mythos_core.model.model import OpenMythos
 from mythos_core.probes import expert_load, halting_map, load_entropy, logits_after
 from mythos_core.training import Run
@@ -37,14 +38,16 @@ def bits_by_loops(model: OpenMythos, ids: Int[Tensor, "windows seq"],
 
 
 @torch.no_grad()
+@evaluated
 def bits_one_loop(model: OpenMythos, ids: Int[Tensor, "windows seq"],
                   targets: Int[Tensor, "windows seq"]) -> Float[Tensor, "windows seq"]:
     """-log2 p of each byte of a strict model that reads from left to right, one loop for each byte,
     behind a cache of what has settled."""
-    return bits(model.eval()(ids, 1, KVCache(ids.shape[1])), targets)
+    return bits(model(ids, 1, KVCache(ids.shape[1])), targets)
 
 
 @torch.no_grad()
+@evaluated
 def settling(model: OpenMythos, ids: Int[Tensor, "windows seq"]
              ) -> tuple[Float[Tensor, "loops windows seq"], Int[Tensor, "windows seq"]]:
     """Of a strict model: ||h_t - h_T|| / ||h_T|| of each position for t = 1 .. T, with T the
@@ -56,7 +59,7 @@ def settling(model: OpenMythos, ids: Int[Tensor, "windows seq"]
         states.append(record.h)
         settled.append(record.settled)
 
-    model.eval()(ids, ids.shape[1], observer=look)
+    model(ids, ids.shape[1], observer=look)
     end = states[-1]
     distance = torch.stack([(h - end).norm(dim=-1) / end.norm(dim=-1) for h in states])
     return distance, len(settled) - torch.stack(settled).sum(0)
@@ -76,6 +79,7 @@ def kinds_of(ids: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
 
 
 @torch.no_grad()
+@evaluated
 def experts_by_kind(model: OpenMythos, ids: Int[Tensor, "windows seq"], n_loops: int
                     ) -> Float[Tensor, "kinds experts"]:
     """Which share of the slots of a kind's bytes each expert has, over all loops that ran; NaN for
@@ -87,7 +91,7 @@ def experts_by_kind(model: OpenMythos, ids: Int[Tensor, "windows seq"], n_loops:
         for number in range(len(KINDS)):
             slots[number] += chosen[kinds == number].sum(0).cpu()
 
-    model.eval()(ids, n_loops, observer=count)
+    model(ids, n_loops, observer=count)
     return slots / slots.sum(1, keepdim=True)
 
 

@@ -62,13 +62,19 @@ def proof_row(run: Run | NotProved) -> dict:
     if isinstance(run, NotProved):
         return {"certificate": {"proved": False, "reason": str(run)}}
     machine, first = run.recipe.machine, next(row for row in run.history if row.get("proved"))
-    summary = {name: value for name, value in run.certificate.summary().items()
-               if name != "machine"}
-    return {"certificate": summary, "steps": len(run.history),
+    return {"certificate": _in_short(run.certificate), "steps": len(run.history),
             "first_proof": {name: first[name] for name in ("step", "seconds")},
             "same_machine": run.certificate.machine == machine.minimal(),
             "answered": answered(run.model, machine, 4096 if len(machine) == 2
                                  and run.seed < 10 else 256)}
+
+
+def _in_short(certificate) -> dict:
+    """A certificate's summary without its tables, and the radius of balls, if it has some."""
+    long = ("assumed", "asked", "machine", "table", "weights")
+    radius = getattr(certificate.closure, "radius", None)
+    return {name: value for name, value in certificate.summary().items() if name not in long} | (
+        {} if radius is None else {"radius": radius})
 
 
 def looping_row(recipe: Recipe, seed: int, device: str | None) -> dict:
@@ -139,6 +145,6 @@ def ladder_row(run: Run | NotProved) -> dict:
                                 "first_wrong": int(wrong[0]) if len(wrong) else None}
     closure = Closure(certificate.model, machine.letters, unbounded).run()
     return {"states": len(machine), "moves": int((machine.answer != NOT_ASKED).sum()),
-            "certificate": certificate.summary(), "steps": len(run.history), "lengths": lengths,
+            "certificate": _in_short(certificate), "steps": len(run.history), "lengths": lengths,
             "closure": {"contexts": len(closure.seen), "elements": closure.length,
                         "wrong": closure.wrong}}

@@ -4,6 +4,7 @@
     python -m mythos_core.training --machine 'regex:(ab)*c' --seed 0 --out build/run
     python -m mythos_core.training --machine S3 --seed 0:8 --out build/eight
     python -m mythos_core.training --machine D4 --doubling --seed 0 --out build/doubling
+    python -m mythos_core.training --machine S3 --contracting --seed 0 --out build/contracting
 """
 import argparse
 import time
@@ -15,7 +16,14 @@ import torch
 from mythos_core import figures
 from mythos_core.model.model import OpenMythos
 from mythos_core.tasks.machines import machine
-from mythos_core.training.recipes import RECIPES, Recipe, doubling_recipe, get_recipe, recipe_for
+from mythos_core.training.recipes import (
+    RECIPES,
+    Recipe,
+    contracting_recipe,
+    doubling_recipe,
+    get_recipe,
+    recipe_for,
+)
 from mythos_core.training.run import NotProved, Run
 from mythos_core.training.step import take_step
 from mythos_core.training.together import train_together
@@ -47,7 +55,8 @@ def report(run: Run, out: Path):
     last, proof, left = run.history[-1], "", "weights"
     if run.certificate and run.certificate.proved:
         proof = (f", proved by {run.certificate.contexts} contexts "
-                 f"with {len(run.certificate.codes)} codes")
+                 f"with {len(run.certificate.codes)} "
+                 f"{'balls' if run.recipe.contraction else 'codes'}")
         figures.draw_machine(run.certificate.machine).savefig(out / "automaton.png")
     elif run.certificate:
         proof, left = f", not proved: {run.certificate.reason}", "checkpoint"
@@ -63,9 +72,12 @@ def main(argv=None):
     what.add_argument("--recipe", help=f"one of {sorted(RECIPES)}")
     what.add_argument("--machine", help="train until it is proved to be this machine, such as S3, "
                                         "even-pairs, divisible-by-7, or 'regex:(ab)*c'")
-    parser.add_argument("--doubling", action="store_true",
-                        help="train a loop for --machine that doubles its reach with each loop, "
-                             "not a strict one")
+    loop = parser.add_mutually_exclusive_group()
+    loop.add_argument("--doubling", action="store_true",
+                      help="train a loop for --machine that doubles its reach with each loop, not "
+                           "a strict one")
+    loop.add_argument("--contracting", action="store_true",
+                      help="train a strict loop for --machine that is proved without rounding")
     parser.add_argument("--seed", type=seeds, default=[0], metavar="SEED",
                         help="a number; or of a machine's recipe FIRST:END, trained together, each "
                              "into its own folder of --out")
@@ -77,7 +89,8 @@ def main(argv=None):
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     args = parser.parse_args(argv)
     try:
-        make = doubling_recipe if args.doubling else recipe_for
+        make = (doubling_recipe if args.doubling else
+                contracting_recipe if args.contracting else recipe_for)
         recipe = get_recipe(args.recipe) if args.recipe else make(machine(args.machine))
         recipe = replace(recipe, **({} if args.steps is None else {"steps": args.steps}))
         check(recipe, args.seed[0], args.device)

@@ -86,6 +86,28 @@ def spread_ratio(h: Float[Tensor, "n dim"], label: Int[Tensor, "n"], labels: int
     return ((h - means[label]).square().sum(-1) / nearest).mean()
 
 
+def apart(h: Float[Tensor, "n dim"], label: Int[Tensor, "n"], labels: int, least: float = 4.0
+          ) -> Float[Tensor, ""]:
+    """How far the means of different labels are, on average, from being `least` apart: what
+    contracts would else contract them too."""
+    means = means_of(h, label, labels)
+    distance = (means.unsqueeze(1) - means).square().sum(-1)
+    distance = distance + torch.diag(torch.full_like(distance[0], torch.inf))
+    return F.relu(least - distance.amin(1).clamp(min=1e-6).sqrt()).mean()
+
+
+def steepness(step: Callable, x: Float[Tensor, "n dim"], far: float = 0.1) -> Float[Tensor, ""]:
+    """Mean of |step(x + far d) - step(x)|^2 / far^2 with d the direction of 1 in which the step
+    grows most, by one power iteration d = J^T J d' from a random d': below 1 it contracts."""
+    x = x.detach().requires_grad_()
+    start, near = F.normalize(torch.randn_like(x), dim=-1), far / 2
+    here = step(x)
+    growth = (step(x + near * start) - here).detach() / near
+    way = F.normalize(torch.autograd.grad(here, x, growth)[0], dim=-1)
+    x = x.detach()
+    return ((step(x + far * way) - step(x)) / far).square().sum(-1).mean()
+
+
 def ponder(weight: Float[Tensor, "loops batch seq"]) -> Float[Tensor, ""]:
     """Graves' ponder cost N + R: the loops until a position halts, and the weight of the last of
     them, which has the gradient."""

@@ -60,6 +60,9 @@ class Recipe:
     # weight, while the learning rate falls, of `losses.center_loss`, of a dilated model
     # `losses.spread_ratio`
     center_loss: float = 0.0
+    # weight, while the learning rate falls, of `losses.steepness`: the loop is to contract, and the
+    # weights as trained are what is proved at the end of the fall
+    contraction: float = 0.0
     ponder_cost: float = 0.0                # for halting = "act_remainder": weight of Graves' N + R
     corpus: Corpus | None = None            # the task is its next byte, and `strings` the split
 
@@ -115,6 +118,21 @@ def recipe_for(machine: Machine, **changes) -> Recipe:
                      **training, **changes})
 
 
+def contracting_recipe(machine: Machine, **changes) -> Recipe:
+    """The recipe that trains a strict model until its weights as trained, not rounded, are proved
+    to be `machine`: while the learning rate falls, a loop is asked to forget what it is off by.
+
+    Args:
+        changes: as `recipe_for`.
+    """
+    # an embedding that is not dwarfed by the state, exact as it is: no prelude's rounding comes in
+    model = {"config.loop_norm": True, "config.prelude_layers": 0, "config.coda_layers": 0,
+             "config.n_experts": 1, "config.n_experts_per_tok": 1, "config.embed_std": 0.5,
+             "config.expert_dim": 64 if len(machine) <= FEW else 256}
+    return recipe_for(machine, **{"name": f"contracting-{machine.name}", "contraction": 0.3,
+                                  **model, **changes})
+
+
 def doubling_recipe(machine: Machine, **changes) -> Recipe:
     """The recipe that trains a dilated model until it is proved to be `machine`: its loops multiply
     what stretches of letters do, each loop stretches twice as long. Trained on 3 loops and 8
@@ -165,6 +183,7 @@ RECIPES = {recipe.name: recipe for recipe in (
     *(recipe_for(machine(name), name=f"state-{name}") for name in ("Z5", "S3", "A5", "S5")),
     *(doubling_recipe(machine(name)) for name in ("parity", "Z5", "S3", "addition")),
     doubling_recipe(machine("A5-all"), name="doubling-A5"),
+    *(contracting_recipe(machine(name)) for name in ("parity", "Z5", "S3", "addition")),
     Recipe("parity-carrying", parity_config(**_MODEL, window=4, loop_noise=0.3, start_noise=4.0),
            **_TRAINING),
     *(_carrying(name, steps) for name, steps in

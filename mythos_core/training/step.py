@@ -3,9 +3,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mythos_core.model.layers import evaluated
 from mythos_core.model.model import OpenMythos
 from mythos_core.tasks.automaton import NOT_ASKED
 from mythos_core.training.losses import (
+    apart,
     bits,
     center_loss,
     handing_on,
@@ -15,10 +17,13 @@ from mythos_core.training.losses import (
     numbered,
     ponder,
     spread_ratio,
+    steepness,
 )
 from mythos_core.training.recipes import Recipe
 from mythos_core.training.run import Run, falling
 from mythos_core.training.schedule import draw, fall, learning_rate
+
+STEEP = 256         # states at which a step's steepness is looked at
 
 
 def take_step(run: Run, optimizer, step) -> dict:
@@ -105,8 +110,30 @@ def _scanned(run: Run, ids, n_loops):
 def _settled(run: Run, ids):
     """Logits of the settled states, and what is added to their loss."""
     recipe, (label, labels) = run.recipe, numbered(run.recipe.machine.outcomes(ids))
+    if recipe.contraction and falling(run):
+        return _contracted(run, ids, label, labels)
     h, logits = settled(run.model, ids, label, labels, *disturbance(recipe, ids))
     return logits, (recipe.center_loss * center_loss(h, label, labels) if falling(run) else 0.0)
+
+
+def _contracted(run: Run, ids, label, labels):
+    """The same of states that are as they are, with nothing handed on and no noise: how far they
+    spread, how near different ones come, and how steep the loop is at some of them."""
+    model, recipe, ctx = run.model, run.recipe, run.model.context(ids)
+    loop, e = model.recurrent, model.encode(ids, ctx)
+    h = loop.settle(e, noise=torch.zeros_like(e))
+    before = torch.cat([torch.zeros_like(h[:, :1]), h[:, :-1]], 1).flatten(0, 1)
+    some = torch.randint(len(before), (STEEP,), device=before.device)
+    letters = e.flatten(0, 1)[some].unsqueeze(1)
+
+    def step(x):
+        return loop.last(loop.norm(x.unsqueeze(1) + letters), letters)[:, 0]
+
+    flat, (begin, end) = (h.flatten(0, 1), label.flatten(), labels), fall(run.history)
+    rising = min(1.0, 3 * (len(run.history) - begin) / (end - begin))
+    also = (recipe.center_loss * spread_ratio(*flat) + recipe.contraction
+            * steepness(step, before[some]))
+    return model.decode(h, ctx), rising * also + 0.1 * apart(*flat)
 
 
 def disturbance(recipe: Recipe, ids: Int[Tensor, "batch seq"]
@@ -132,6 +159,7 @@ def settled(model: OpenMythos, ids: Int[Tensor, "batch seq"], label: Int[Tensor,
     return h, model.decode(h, ctx)
 
 
+@evaluated
 @torch.no_grad()
 def held_out(model: OpenMythos, recipe: Recipe, batch: int = 256) -> float:
     """Whole-string accuracy on fresh uniform strings of the longest trained length,
@@ -140,8 +168,8 @@ def held_out(model: OpenMythos, recipe: Recipe, batch: int = 256) -> float:
     device, n_loops = model.embed.weight.device, recipe.loops and recipe.loops[1]
     if recipe.corpus is not None:
         ids, targets = recipe.corpus.windows("validation", recipe.lengths[1], batch // 4, device)
-        return bits(model.eval()(ids, n_loops), targets).mean().item()
+        return bits(model(ids, n_loops), targets).mean().item()
     generator = torch.Generator().manual_seed(2 ** 32 - 1)   # no training step has this seed
     ids, targets = recipe.make_batch(batch, recipe.lengths[1], generator, device)
-    right = (model.eval()(ids, n_loops).argmax(-1) == targets) | (targets == NOT_ASKED)
+    right = (model(ids, n_loops).argmax(-1) == targets) | (targets == NOT_ASKED)
     return right.all(1).cpu().float().mean().item()  # on a GPU a mean of ones may be below 1

@@ -64,6 +64,9 @@ def _check(recipe: Recipe, seeds, device):
     config = recipe.config
     if recipe.machine is None or recipe.loops is not None or recipe.reach:
         raise ValueError(f"recipe {recipe.name!r}: must have a machine, and loops and reach None")
+    if recipe.contraction:
+        raise ValueError(f"contraction = {recipe.contraction}: must be 0 where several seeds are "
+                         "trained together")
     for name in ("dropout", "balance_rate", "balance_loss"):
         if getattr(config, name):
             raise ValueError(f"config.{name} = {getattr(config, name)}: must be 0 where several "

@@ -106,7 +106,7 @@ def check(recipe: Recipe, seed: int, device):
 
 def _conclude(run: Run):
     """The proof of a finished run's model, and in the model's place the one that it is about."""
-    run.certificate = certify(run.model, run.recipe.machine)
+    run.certificate = certify(run.model, run.recipe.machine, rounded=not run.recipe.contraction)
     if not run.certificate.proved:
         raise NotProved(f"{run.recipe.name}, seed {run.seed}: not proved in "
                         f"{len(run.history)} steps: {run.certificate.reason}", run)
@@ -188,6 +188,8 @@ def _attempt(run: Run, row: dict) -> str:
     due = done % CERTIFY_EVERY == 0 and row["accuracy"] > 0.99 and not falling
     if run.recipe.machine is None or not (due or (span and done == span[1])):
         return ""
-    certificate = certify(run.model, run.recipe.machine)
+    # a loop that is to contract begins to where rounding would do
+    rounded = not (run.recipe.contraction and span and done == span[1])
+    certificate = certify(run.model, run.recipe.machine, rounded=rounded)
     row["proved"] = certificate.proved
     return f"{certificate.contexts} contexts, {certificate.wrong} wrong"
