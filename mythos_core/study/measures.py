@@ -43,8 +43,8 @@ def row_of(variant: str, seed: int, measure: str, *, steps: int | None = None,
         measure: one of `MEASURES` or of `ALONE`.
         steps: instead of the recipe's own number.
         runs: folder to keep trained models in: another measure then finds them trained.
-        arithmetic: of "proofs", "doubling" and "contracting": one of `proofs.ARITHMETICS`, which the environment
-            must have.
+        arithmetic: of "proofs", "doubling" and "contracting": one of `proofs.ARITHMETICS`, which
+            the environment must have.
         peer: of "peers": one of `peers.PEERS`; of "reference": of `reference.TRAINED`.
         device: to train on; None: the CPU.
 
