@@ -12,7 +12,7 @@ import hashlib
 import json
 import sys
 from functools import lru_cache
-from itertools import combinations, product
+from itertools import combinations, pairwise, product
 from pathlib import Path
 
 import safetensors
@@ -20,7 +20,8 @@ from flint import arb, arb_mat
 
 #: By arithmetic: the dtype of the weights, unit roundoff, and the largest number looked at.
 ARITHMETIC = {"float32": ("F32", arb(2) ** -24, 1e9), "float64": ("F64", arb(2) ** -53, 1e60)}
-FUNCTION, EPS, TINY, ZERO, ONE = 8, arb("1e-6"), arb("1e-32"), arb(0), arb(1)
+FUNCTION, EPS, TINY, ZERO = 8, arb("1e-6"), arb("1e-32"), arb(0)
+FLAT, BENT, CURLED = arb("1.1"), arb("0.5"), arb("0.31")     # above |silu'|, |silu''|, |silu'''|
 MUST_BE = {"window": 1, "stride": 1, "carry": False, "rope": False, "attn_type": "gqa"}
 
 
@@ -33,29 +34,54 @@ def require(holds, why):
         raise Refused(why)
 
 
+def total(x):
+    return sum(x, ZERO)
+
+
 def length(x):
-    return sum((a * a for a in x), ZERO).sqrt()
+    return total(a * a for a in x).sqrt()
 
 
 def most(x):
     return max((abs(a) for a in x), key=lambda a: float(a.upper()))
 
 
-def times(x, A):
-    return (arb_mat([x]) * A).entries()
+def least(a, b):
+    return a if a < b else b
+
+
+def spectral(A):
+    """|A|^2 = |A^T A| <= |(A^T A)^8|_F^(1/8)."""
+    A = A.transpose() * A
+    for _ in range(3):
+        A = A * A
+    return (length(A.entries()) + TINY ** 9).root(16)
+
+
+def identity(n):
+    return arb_mat([[i == j for j in range(n)] for i in range(n)])
 
 
 class Ball:
-    """x exactly. A machine is within error + slope reach of it: x varies with the input of a
-    sublayer, known to within `reach`, by `slope`, and that by `bend`; the error is of rounding."""
+    """x; a machine is off by at most `error` in any way and by `along` z, |z| <= 1."""
 
-    def __init__(self, x, error=ZERO, slope=ZERO, bend=ZERO, reach=ZERO):
-        self.x, self.error, self.slope, self.bend, self.reach = x, error, slope, bend, reach
-        self.radius = error + slope * reach
+    def __init__(self, x, error=ZERO, along=None):
+        self.x, self.error, self.along = x, error, along
+        self.radius = error + (spectral(along) if along is not None else 0)
 
-    def then(self, x, slope, bend, error):
-        return Ball(x, slope * self.error + error, slope * self.slope,
-                    bend * self.slope ** 2 + slope * self.bend, self.reach)
+
+class Step:
+    """An operation's value, its Jacobians, bounds of their norms, and `off`: second order and
+    rounding."""
+
+    def __init__(self, x, J, off, steep=None):
+        self.x, self.J, self.off = x, J, off
+        self.steep = steep or [length(A.entries()) for A in J]
+
+    def of(self, *balls):
+        error = self.off + total(steep * b.error for steep, b in zip(self.steep, balls))
+        along = [J * b.along for J, b in zip(self.J, balls) if b.along is not None]
+        return Ball(self.x, error, along[0] if along else None)
 
 
 class Model:
@@ -68,141 +94,149 @@ class Model:
                                   config["n_heads"] // config["n_kv_heads"])
         self.matrix = lru_cache(None)(self._matrix)
         self.tokens = lru_cache(None)(self._token)
-        self.read = lru_cache(None)(lambda code: self.norm(Ball(self.t["recurrent.codes"][code]),
-                                                           "recurrent.norm.weight"))
+        self.read = lru_cache(None)(
+            lambda code: self.normed(Ball(self.t["recurrent.codes"][code]), "recurrent.norm"))
 
     def _matrix(self, name, begin=None, end=None, flip=False):
-        """Rows of a tensor: W^T, |W|^T, bounds of |W| and of the lengths of rows; W itself."""
+        """Rows of a tensor: W; W^T; |W|^T; a bound of |W|; the lengths of its rows."""
         W = arb_mat(self.t[name][begin:end])
         W = W.transpose() if flip else W
-        power = W.transpose() * W
-        for _ in range(3):                       # |W^T W|^8 <= |(W^T W)^8|_F
-            power = power * power
-        lengths = [length(row) for row in W.tolist()]
-        return (W.transpose(), arb_mat([[abs(a) for a in row] for row in W.transpose().tolist()]),
-                (length(power.entries()) + TINY ** 9).root(16), lengths, W)
+        absolute = arb_mat([[abs(a) for a in row] for row in W.transpose().tolist()])
+        return W, W.transpose(), absolute, spectral(W), [length(row) for row in W.tolist()]
 
     def rounded(self, n, size, functions=0):
-        """Of a sum of n products, in any order, and of functions: gamma_n of all its parts."""
+        """Of a sum of n products in any order, and of functions: gamma_n of all its parts."""
         require(size < self.largest, "a number may be too large")
         n = n + FUNCTION * functions + 4
         return n * self.u / (1 - n * self.u) * size + TINY
 
-    def linear(self, b, *key):
-        W, A, steep, lengths, _ = self.matrix(*key)
-        size = length(times([abs(a) for a in b.x], A)) + length(lengths) * b.radius
-        return b.then(times(b.x, W), steep, ZERO, self.rounded(len(b.x), size))
+    def linear(self, x, r, *key):
+        """W x, and the rounding of each row for all x within r."""
+        _, T, absolute, _, lengths = self.matrix(*key)
+        sizes = (arb_mat([[abs(a) for a in x]]) * absolute).entries()
+        return (arb_mat([x]) * T).entries(), [self.rounded(len(x), size + row * r)
+                                              for size, row in zip(sizes, lengths)]
 
     def norm(self, b, name):
-        w, n, near = self.t[name][0], len(b.x), length(b.x) - b.radius
-        scale = (length(b.x) ** 2 / n + EPS).rsqrt()
-        least = ((near ** 2 if near > 0 else ZERO) / n + EPS).sqrt()
-        x, steep = [a * scale * v for a, v in zip(b.x, w)], most(w) / least
-        require(length(b.x) + b.radius < self.largest, "a number may be too large")
-        return b.then(x, steep, arb("1.53") * steep / least / arb(n).sqrt(),
-                      self.rounded(n, length(x) + steep * b.radius, 2))
+        """x w / rho and its Jacobian; half the bend, 1.53 |w| / (rho^2 sqrt(n)), times r^2."""
+        w, n, r = self.t[name + ".weight"][0], len(b.x), b.radius
+        rho, near = (length(b.x) ** 2 / n + EPS).sqrt(), length(b.x) - r
+        nearest = ((near ** 2 if near > 0 else ZERO) / n + EPS).sqrt()
+        u, steep = [a / rho for a in b.x], most(w) / nearest
+        D = arb_mat([[v / rho * ((i == j) - u[i] * u[j] / n) for j in range(n)]
+                     for i, v in enumerate(w)])
+        x = [a * v for a, v in zip(u, w)]
+        require(length(b.x) + r < self.largest, "a number may be too large")
+        return Step(x, [D], arb("0.765") * steep / nearest / arb(n).sqrt() * r ** 2
+                    + self.rounded(n, length(x) + steep * r, 2), [most(w) / rho])
 
-    def begin(self, b, name, reach=None):
-        return self.norm(Ball(b.x, ZERO, ONE, ZERO, b.radius if reach is None else reach), name)
+    def normed(self, b, name):
+        return self.norm(b, name).of(b)
 
-    def softmax(self, z, error, reach):
-        """Weights, and how far they may be off; of one, which is 1, they are not."""
-        e, r = [(a - z[0]).exp() for a in z], error + reach
-        p = [a / sum(e, ZERO) for a in e]
+    def softmax(self, z, off, by):
+        """Weights, and how far rounding may have them off; of one, which is 1, not at all."""
+        e, r = [(a - z[0]).exp() for a in z], off + by
+        p = [a / total(e) for a in e]
         spread = most([a - v for a in z for v in z]) + 2 * r
-        off = error / 2 + self.rounded(len(z), (spread + 1) * (1 + r), 2) * len(z)
-        return p, off if len(z) > 1 else ZERO
+        return p, (off / 2 + self.rounded(len(z), (spread + 1) * (1 + r), 2) * len(z)
+                   if len(z) > 1 else ZERO)
 
-    def glu(self, b, up, gates=None):
-        """silu(gate) up, by a matrix of both; and of its channels' rows by the input the Jacobian.
-        `gates` weigh channels: (weights, how far off they may be, slope, bend)."""
-        c = self.linear(b, *up)
-        half, r = len(c.x) // 2, c.radius
-        gate, upper = c.x[:half], c.x[half:]
-        sigma = [1 / (1 + (-a).exp()) for a in gate]
-        silu, bent = ([a * s for a, s in zip(gate, sigma)],
-                      [s * (1 + a * (1 - s)) for a, s in zip(gate, sigma)])
-        slope = most([((abs(d) + r / 2) * (abs(v) + r)) ** 2 + (abs(a) + arb("1.1") * r) ** 2
-                      for d, v, a in zip(bent, upper, silu)]).sqrt()
-        x, bend = [a * v for a, v in zip(silu, upper)], (most(upper) + r) / 2 + arb("1.1")
-        h = c.then(x, slope, bend, self.rounded(2, length(x) + slope * r, 2))
-        weight = [ONE] * half
+    def unit(self, y, up, down, gates=None):
+        """down(silu(gate y) up(y)). `gates` weigh channels: (weights; how far they vary in all, to
+        second order, by rounding)."""
+        (c, offs), r, rows = self.linear(y.x, y.radius, *up), y.radius, self.matrix(*up)[4]
+        half = len(c) // 2
+        h, J_gate, J_up, off, second, by = [], [], [], [], [], []
+        for g, v, g_off, v_off, g_row, v_row in zip(c[:half], c[half:], offs[:half], offs[half:],
+                                                    rows[:half], rows[half:]):
+            s, g_by, v_by = 1 / (1 + (-g).exp()), g_row * r + g_off, v_row * r + v_off
+            silu, bent = g * s, s * (1 + g * (1 - s))
+            curved, big = abs(s * (1 - s) * (2 + g * (1 - 2 * s))), abs(v) + v_by
+            steep, flat = least(abs(bent) + BENT * g_by, FLAT) * big, abs(silu) + FLAT * g_by
+            h.append(silu * v)
+            J_gate.append(bent * v)
+            J_up.append(silu)
+            by.append(steep * g_by + flat * v_by)
+            second.append(least(curved + CURLED * g_by, BENT) * g_by ** 2 * big / 2
+                          + abs(bent) * g_by * v_by)
+            off.append(steep * g_off + flat * v_off + self.rounded(2, abs(h[-1]) + by[-1], 2))
+        more, varies = ZERO, length(by)
         if gates is not None:
-            weight, off, g_slope, g_bend = gates
-            high, big = most(weight) + off + g_slope * h.reach, length(h.x) + h.radius
-            h = Ball([a * v for a, v in zip(h.x, weight)],
-                     high * h.error + big * off + self.rounded(1, high * big),
-                     high * h.slope + big * g_slope,
-                     high * h.bend + 2 * g_slope * h.slope + big * g_bend, h.reach)
-        rows = self.matrix(*up)[4].tolist()
-        return h, arb_mat([[w * (d * v * s + a * t) for s, t in zip(rows[i], rows[half + i])]
-                           for i, (w, d, v, a) in enumerate(zip(weight, bent, upper, silu))])
+            w, w_by, w_second, w_off = gates
+            big = length(h) + length(by)
+            more = w_by * (length(by) + length(off)) + big * (w_second + w_off)
+            off = [a * b + self.rounded(1, abs(v) + d) for a, b, v, d in zip(w, off, h, by)]
+            h, second, J_gate, J_up = ([a * b for a, b in zip(w, of)]
+                                       for of in (h, second, J_gate, J_up))
+            varies = varies + big * w_by
+        U, (W, _, absolute, steep, _) = self.matrix(*up)[0].tolist(), self.matrix(*down)
+        x, x_off = self.linear(h, varies, *down)
+        J = arb_mat([[a * v + b * t for v, t in zip(U[i], U[half + i])]
+                     for i, (a, b) in enumerate(zip(J_gate, J_up))])
+        return h, Step(x, [W * J], steep * (length(off) + more) + length(x_off)
+                       + length((arb_mat([second]) * absolute).entries()))
 
-    def residual(self, f, slopes, of, name):
-        """of_0 + f(of): by |I + Df| at the centre, and half the bend times reach^2."""
-        error, w, n = f.error + f.bend * f.reach ** 2 / 2, self.t[name][0], len(f.x)
-        for i, (J, b) in enumerate(zip(slopes, of)):
-            scale = (length(b.x) ** 2 / n + EPS).rsqrt()
-            unit, J = [a * scale for a in b.x], [[a * v * scale for a, v in zip(row, w)]
-                                                 for row in J.tolist()]
-            along = [sum((a * v for a, v in zip(row, unit)), ZERO) / n for row in J]
-            A = [a - k * v + (1 if i == 0 and j == m else 0)
-                 for j, (row, k) in enumerate(zip(J, along))
-                 for m, (a, v) in enumerate(zip(row, unit))]
-            error = error + length(A) * b.radius
+    def residual(self, f, norms, of):
+        """of_0 + f(norms(of)), by |I + Df| at the centre."""
+        off = f.off + total(steep * norm.off for steep, norm in zip(f.steep, norms))
+        slopes = [J * norm.J[0] for J, norm in zip(f.J, norms)]
+        slopes[0] += identity(len(f.x))
         x = [a + v for a, v in zip(of[0].x, f.x)]
-        return Ball(x, error + self.rounded(1, length(x) + error))
+        out = Step(x, slopes, off).of(*of)
+        return Ball(x, out.error + self.rounded(1, length(x) + out.radius), out.along)
 
     def attention(self, balls, at):
         """x + attention(norm(x)) of the first of `balls` over all, and, in place of None, over the
         learned start. Of one it is the value itself, as with a window of 1."""
-        c, d, name, r = self.c, self.head, at + ".attn_norm.weight", len(balls)
+        c, d, r = self.c, self.head, len(balls)
         there = [b for b in balls if b is not None]
-        reach, scale = length([b.radius for b in there]), 1 / arb(d).sqrt()
-        inner = [self.begin(b, name, reach) if b is not None else
-                 Ball(self.t[at + ".attn.start"][0], ZERO, ZERO, ZERO, reach) for b in balls]
-        qkv, keys_at, values_at = (at + ".attn.qkv.weight", c["n_heads"] * d,
-                                   (c["n_heads"] + c["n_kv_heads"]) * d)
-        q = self.linear(inner[0], qkv, 0, keys_at)
-        k = [self.linear(b, qkv, keys_at, values_at) for b in inner]
-        v = [self.linear(b, qkv, values_at, None) for b in inner]
-        # angles are rounded, and their functions
-        k_off = [b.error + self.rounded(4, length(b.x) + b.radius, 4 + r) for b in k]
-        x, off, slope, bend, J = [], [], [], [], [[] for _ in balls]
+        norms = [self.norm(b, at + ".attn_norm") for b in there]
+        normed = iter([norm.of(b) for norm, b in zip(norms, there)])
+        y = [Ball(self.t[at + ".attn.start"][0]) if b is None else next(normed) for b in balls]
+        qkv, out, scale = at + ".attn.qkv.weight", at + ".attn.out.weight", 1 / arb(d).sqrt()
+        cuts = [0, c["n_heads"] * d, (c["n_heads"] + c["n_kv_heads"]) * d, None]
+        Q, K, V = [(qkv, *cut) for cut in pairwise(cuts)]
+        q, q_off = self.linear(y[0].x, y[0].radius, *Q)
+        (k, k_off), (v, v_off) = (zip(*[self.linear(b.x, b.radius, *key) for b in y])
+                                  for key in (K, V))
+        q_off, v_off = length(q_off), [length(off) for off in v_off]
+        k_off = [length(off) + self.rounded(4, length(a) + b.radius * self.matrix(*K)[3], 4 + r)
+                 for off, a, b in zip(k_off, k, y)]              # angles and functions of them too
+        q_by = self.matrix(*Q)[3] * y[0].radius + q_off
+        k_by, v_by = ([self.matrix(*key)[3] * b.radius + off for b, off in zip(y, offs)]
+                      for key, offs in ((K, k_off), (V, v_off)))
+        x, inner, varies, J = [], [], [], [[] for _ in balls]
         for h in range(c["n_heads"]):
             m = h // self.groups * d
             Wq, Wk, Wv = (arb_mat(self.t[qkv][begin:begin + d])
-                          for begin in (h * d, keys_at + m, values_at + m))
-            qh, vh = q.x[h * d:h * d + d], [b.x[m:m + d] for b in v]
-            kh = [self.turn(b.x[m:m + d], j) for j, b in enumerate(k)]
-            big_q, big_k = length(qh) + q.radius, [length(b.x[m:m + d]) + b.radius for b in k]
-            z_slope = length([scale * (big_q * b.slope + y * q.slope) for b, y in zip(k, big_k)])
-            z_bend = length([scale * (2 * q.slope * b.slope + big_q * b.bend + y * q.bend)
-                             for b, y in zip(k, big_k)])
-            z_off = length([scale * (big_q * e + y * q.error) + self.rounded(d, scale * big_q * y)
-                            for e, y in zip(k_off, big_k)])
-            p, p_off = self.softmax([scale * sum((a * w for a, w in zip(qh, y)), ZERO)
-                                     for y in kh], z_off, z_slope * reach)
-            mean = [sum((a * y[i] for a, y in zip(p, vh)), ZERO) for i in range(d)]
-            big_v = length([length(y) + b.radius for y, b in zip(vh, v)])
+                          for begin in (h * d, cuts[1] + m, cuts[2] + m))
+            qh, vh = q[h * d:h * d + d], [a[m:m + d] for a in v]
+            kh = [self.turn(a[m:m + d], j) for j, a in enumerate(k)]
+            big_q, big_k = length(qh) + q_by, [length(a) + by for a, by in zip(kh, k_by)]
+            off = length([scale * (big_q * o + a * q_off) + self.rounded(d, scale * big_q * a)
+                          for o, a in zip(k_off, big_k)])
+            by = length([scale * (big_q * b + a * q_by) for b, a in zip(k_by, big_k)])
+            p, p_off = self.softmax([scale * total(a * b for a, b in zip(qh, one)) for one in kh],
+                                    off, by)
+            second = length([scale * q_by * b for b in k_by]) / 2 + by ** 2 / 2
+            by, second = (by, second) if r > 1 else (ZERO, ZERO)
+            mean = [total(a * b[i] for a, b in zip(p, vh)) for i in range(d)]
+            big_v = length([length(a) + b for a, b in zip(vh, v_by)])
             x += mean
-            off.append(p_off * big_v + self.rounded(r, big_v))
-            varies = z_slope if r > 1 else ZERO          # of one the weight is 1
-            slope.append(varies / 2 * big_v)
-            bend.append((varies * z_slope + (z_bend / 2 if r > 1 else 0)) * big_v
-                        + varies * most(b.slope for b in v))
+            inner.append((p_off + second) * big_v + self.rounded(r, big_v) + by / 2 * length(v_by))
+            varies.append(by / 2 * big_v)
             query = arb_mat(d, c["dim"])
-            for j, y in enumerate(vh):                   # of the mixed value by each slot's input
-                pull = arb_mat([[scale * p[j] * (a - b)] for a, b in zip(y, mean)])
+            for j, a in enumerate(vh):                   # of the mixed value by each slot's input
+                pull = arb_mat([[scale * p[j] * (b - e)] for b, e in zip(a, mean)])
                 J[j] += (Wv * p[j] + pull * (arb_mat([self.turn(qh, -j)]) * Wk)).tolist()
                 query += pull * (arb_mat([kh[j]]) * Wq)
             J[0][-d:] = (arb_mat(J[0][-d:]) + query).tolist()
-        wide, out = arb(self.groups).sqrt(), at + ".attn.out.weight"
-        mixed = Ball(x, length(off) + wide * length([b.error for b in v]),
-                     length(slope) + wide * most(b.slope for b in v),
-                     length(bend) + wide * most(b.bend for b in v), reach)
-        slopes = [self.matrix(out)[4] * arb_mat(of) for of, b in zip(J, balls) if b is not None]
-        return self.residual(self.linear(mixed, out), slopes, there, name)
+        wide = arb(self.groups).sqrt()
+        off = length(inner) + wide * length(v_off)
+        W, _, _, steep, _ = self.matrix(out)
+        f, f_off = self.linear(x, length(varies) + wide * length(v_by) + off, out)
+        slopes = [W * arb_mat(of) for of, b in zip(J, balls) if b is not None]
+        return self.residual(Step(f, slopes, steep * off + length(f_off)), norms, there)
 
     def turn(self, x, j):
         """RoPE: the pairs of x by the angles of slot j."""
@@ -213,68 +247,55 @@ class Model:
                     x[i] * angle.sin() + x[i + 1] * angle.cos()]
         return out
 
-    def swiglu(self, b, up, down):
-        h, J = self.glu(b, (up,))
-        return self.linear(h, down), self.matrix(down)[4] * J
-
     def feed(self, b, at):
         """x + SwiGLU(norm(x))."""
-        f, J = self.swiglu(self.begin(b, at + ".ffn_norm.weight"), at + ".ffn.gate_up.weight",
-                           at + ".ffn.down.weight")
-        return self.residual(f, [J], [b], at + ".ffn_norm.weight")
+        norm = self.norm(b, at + ".ffn_norm")
+        _, f = self.unit(norm.of(b), (at + ".ffn.gate_up.weight",), (at + ".ffn.down.weight",))
+        return self.residual(f, [norm], [b])
 
     def mixtures(self, b, at="recurrent.block"):
         """x + experts(norm(x)), for each set of experts that may have the highest scores."""
-        c, ffn, name = self.c, at + ".ffn.", at + ".ffn_norm.weight"
-        n, k, wide = c["n_experts"], c["n_experts_per_tok"], c["expert_dim"]
-        y, W = self.begin(b, name), self.t[ffn + "router.weight"]
-        bias, steep = self.t[ffn + "router_bias"][0], self.matrix(ffn + "router.weight")[2]
-        z, offs = self.scores(y, W)
-        offs_b = [a + 4 * self.u * (abs(b) + abs(v)) for a, b, v in zip(offs, bias, z)]
-        clear = [[z[i] + bias[i] - z[j] - bias[j] > self.apart(W, i, j) * y.radius
-                  + offs_b[i] + offs_b[j] for j in range(n)] for i in range(n)]
+        c, ffn, norm = self.c, at + ".ffn.", self.norm(b, at + ".ffn_norm")
+        y, W = norm.of(b), self.t[ffn + "router.weight"]
+        n, k, wide, r = c["n_experts"], c["n_experts_per_tok"], c["expert_dim"], y.radius
+        (z, offs), bias = self.linear(y.x, r, ffn + "router.weight"), self.t[ffn + "router_bias"][0]
+        score = [a + v for a, v in zip(z, bias)]
+        loose = [a + 4 * self.u * (abs(v) + abs(o) + length(w) * r)
+                 for a, v, o, w in zip(offs, bias, z, W)]
+        clear = [[score[i] - score[j] > apart(W, i, j) * r + loose[i] + loose[j]
+                  for j in range(n)] for i in range(n)]
+        down, by = (ffn + "down", None, None, True), self.matrix(ffn + "router.weight")[3] * r
         for chosen in combinations(range(n), k):
             if any(clear[j][i] for i in chosen for j in set(range(n)) - set(chosen)):
                 continue
-            few = steep * (k > 1)
-            g, off = self.softmax([z[i] for i in chosen], few * y.error + length(offs),
-                                  few * y.slope * y.reach)
-            at_z = dict(zip(chosen, g))
+            p, off = self.softmax([z[i] for i in chosen], length(offs), by)
+            few, at_z = by if k > 1 else ZERO, dict(zip(chosen, p))
             gates = [at_z.get(e, ZERO) for e in range(n) for _ in range(wide)]
-            h, J = self.glu(y, (ffn + "gate_up",), (gates, off, few * y.slope / 2,
-                                                    few ** 2 * y.slope ** 2 + few * y.bend / 2))
-            down = (ffn + "down", None, None, True)
-            f, D = self.linear(h, *down), self.matrix(*down)[4] * J
-            mean = [sum((at_z[e] * W[e][m] for e in chosen), ZERO) for m in range(c["dim"])]
-            for e in chosen if k > 1 else ():            # and by the gates
-                part = [a if i // wide == e else ZERO for i, a in enumerate(h.x)]
-                D += arb_mat([[a] for a in times(part, self.matrix(*down)[0])]) * arb_mat(
-                    [[a - v for a, v in zip(W[e], mean)]])
+            _, f = self.unit(y, (ffn + "gate_up",), down, (gates, few / 2, few ** 2 / 2, off))
+            J, x, off = f.J[0], f.x, f.off
+            if k > 1:                                    # and by the gates
+                h, _ = self.unit(y, (ffn + "gate_up",), down)
+                mean = [total(at_z[e] * W[e][m] for e in chosen) for m in range(c["dim"])]
+                for e in chosen:
+                    part = arb_mat([[a if i // wide == e else ZERO] for i, a in enumerate(h)])
+                    J += self.matrix(*down)[0] * part * at_z[e] * arb_mat(
+                        [[a - v for a, v in zip(W[e], mean)]])
             for i in range(c["n_shared_experts"]):
-                more, by = self.swiglu(y, f"{ffn}shared.{i}.gate_up.weight",
-                                       f"{ffn}shared.{i}.down.weight")
-                size = length(f.x) + f.radius + length(more.x) + more.radius
-                f, D = Ball([a + v for a, v in zip(f.x, more.x)], f.error + more.error
-                            + self.rounded(1, size), f.slope + more.slope, f.bend + more.bend,
-                            f.reach), D + by
-            yield self.residual(f, [D], [b], name)
+                _, more = self.unit(y, (f"{ffn}shared.{i}.gate_up.weight",),
+                                    (f"{ffn}shared.{i}.down.weight",))
+                size = (length(x) + length(J.entries()) * r + off + length(more.x)
+                        + more.steep[0] * r + more.off)
+                x, J = [a + v for a, v in zip(x, more.x)], J + more.J[0]
+                off += more.off + self.rounded(1, size)
+            yield self.residual(Step(x, [J], off), [norm], [b])
 
-    def scores(self, b, W):
-        """W x, and the rounding of each."""
-        return ([sum((a * v for a, v in zip(row, b.x)), ZERO) for row in W],
-                [self.rounded(len(row), sum((abs(a * v) for a, v in zip(row, b.x)), ZERO)
-                              + length(row) * b.radius) for row in W])
-
-    def apart(self, W, i, j):
-        return length([a - b for a, b in zip(W[i], W[j])])
-
-    def lead(self, b, W, offsets, chosen):
+    def lead(self, b, name, offsets, chosen):
         """By how many times its bound the chosen score leads each other, at least."""
-        z, off = self.scores(b, W)
-        off = [a + self.rounded(len(W[0]), abs(o)) + 4 * self.u * abs(s)
-               for a, o, s in zip(off, offsets, z)]
-        return min((float(((z[chosen] + offsets[chosen] - a - o) / (self.apart(W, chosen, i)
-                    * b.radius + e + off[chosen])).lower())
+        W, (z, off) = self.t[name], self.linear(b.x, b.radius, name)
+        off = [a + self.rounded(len(b.x), abs(o)) + 4 * self.u * (abs(s) + length(w) * b.radius)
+               for a, o, s, w in zip(off, offsets, z, W)]
+        return min((float(((z[chosen] + offsets[chosen] - a - o)
+                           / (apart(W, chosen, i) * b.radius + e + off[chosen])).lower())
                     for i, (a, o, e) in enumerate(zip(z, offsets, off)) if i != chosen),
                    default=float("inf"))
 
@@ -285,34 +306,51 @@ class Model:
             b = self.feed(self.attention([b], f"prelude.{i}"), f"prelude.{i}")
         return b
 
-    def state(self, z, code):
-        """How clearly the loop goes from z, with what is in its other slots, to a code."""
-        codes = self.t["recurrent.codes"]
-        halves = [-sum((a * a for a in row), ZERO) / 2 for row in codes]
-        out = [self.norm(h, "recurrent.loop_norm.weight") if self.c["loop_norm"] else h
-               for h in self.mixtures(self.attention(z, "recurrent.block"))]
-        return min(self.lead(h, codes, halves, code) for h in out)
+    def loop(self, z):
+        """The states that the loop makes of z_0, with the others in its slots."""
+        for h in self.mixtures(self.attention(z, "recurrent.block")):
+            yield self.normed(h, "recurrent.loop_norm") if self.c["loop_norm"] else h
+
+    def to_code(self, z, code):
+        halves = [-total(a * a for a in row) / 2 for row in self.t["recurrent.codes"]]
+        return min(self.lead(h, "recurrent.codes", halves, code) for h in self.loop(z))
+
+    def behind(self, before, letter):
+        """What a strict loop reads: a state and a letter."""
+        e = self.tokens(letter + 1)
+        x = [a + v for a, v in zip(before.x, e.x)]
+        error = before.error + e.error + self.rounded(1, length(x) + before.radius + e.radius)
+        return [self.normed(Ball(x, error, before.along), "recurrent.norm")]
 
     def follows(self, before, letter, code):
         """Of a strict model: the code before, or None, and a letter."""
-        e, zero = self.tokens(letter + 1), [ZERO] * self.c["dim"]
-        before = zero if before is None else self.t["recurrent.codes"][before]
-        x = [a + v for a, v in zip(before, e.x)]
-        h = Ball(x, e.error + self.rounded(1, length(x) + e.radius))
-        return self.state([self.norm(h, "recurrent.norm.weight")], code)
+        before = [ZERO] * self.c["dim"] if before is None else self.t["recurrent.codes"][before]
+        return self.to_code(self.behind(Ball(before), letter), code)
+
+    def moves(self, ball, letter, to, centres, radius):
+        """Of one without codes: a ball, or None, and a letter, that go into another ball."""
+        n = self.c["dim"]
+        before = (Ball([ZERO] * n) if ball is None
+                  else Ball(centres[ball], ZERO, radius * identity(n)))
+        return min(float((radius / (length([a - b for a, b in zip(h.x, centres[to])])
+                                    + h.radius)).lower())
+                   for h in self.loop(self.behind(before, letter)))
 
     def multiplies(self, row, code, letters):
         """Of a dilated one: letters or codes, the earliest first."""
-        z = [self.norm(self.tokens(a + 1), "recurrent.norm.weight") if letters else self.read(a)
+        z = [self.normed(self.tokens(a + 1), "recurrent.norm") if letters else self.read(a)
              for a in reversed(row)]
-        return self.state(z + [None] * (self.c["dilation"] - len(z)), code)
+        return self.to_code(z + [None] * (self.c["dilation"] - len(z)), code)
 
-    def answers(self, code, token):
-        b = Ball(self.t["recurrent.codes"][code])
+    def answers(self, b, token):
         for i in range(self.c["coda_layers"]):
             b = self.feed(self.attention([b], f"coda.{i}"), f"coda.{i}")
-        W = self.t["embed.weight"]
-        return self.lead(self.norm(b, "norm.weight"), W, [ZERO] * len(W), token)
+        return self.lead(self.normed(b, "norm"), "embed.weight",
+                         [ZERO] * len(self.t["embed.weight"]), token)
+
+
+def apart(W, i, j):
+    return length([a - b for a, b in zip(W[i], W[j])])
 
 
 def read(folder):
@@ -346,42 +384,47 @@ def check(folder, progress=lambda done, of: None):
     """What is proved, in a line. Raises Refused, with the reason."""
     model, certificate = read(Path(folder))
     asked, table = certificate["asked"], certificate["table"]
-    jobs = (strict if model.c["strict"] else dilated)(model.c, asked, table)
-    least = float("inf")
+    jobs = (strict if model.c["strict"] else dilated)(model, asked, table)
+    closest = float("inf")
     for done, (what, lead) in enumerate(jobs, 1):
         clear = lead(model)
         require(clear > 1, f"{what}: leads by {clear:.3g} times its bound, must be above 1")
-        least = min(least, clear)
+        closest = min(closest, clear)
         progress(done, len(jobs))
     return (f"proved: every string of every length is answered as {asked['name']} does; "
-            f"{len(jobs)} choices, each at least {least:.3g} times its bound")
+            f"{len(jobs)} choices, each at least {closest:.3g} times its bound")
 
 
-def strict(config, asked, table):
-    """The choices to be looked at, if the rows are closed and their answers right."""
-    after = {(code, state): codes for code, state, codes in table["rows"]}
-    answer = dict(table["answers"])
+def strict(model, asked, table):
+    """The choices to be looked at, if the rows are closed and their answers right. States are codes
+    or balls."""
+    after = {(state, own): goes for state, own, goes in table["rows"]}
+    answer, goes = dict(table["answers"]), {}
     require((None, asked["start"]) in after, "the start of a string is missing")
-    for (code, state), codes in after.items():
-        for letter, right in enumerate(asked["answer"][state]):
+    for (state, own), row in after.items():
+        for letter, right in enumerate(asked["answer"][own]):
             if right == -1:
                 continue
-            new, where = codes[letter], f"letter {letter} behind code {code}, state {state}"
+            new, where = row[letter], f"letter {letter} behind state {state} ({own})"
             require(new in answer and answer[new] == right, f"{where}: is not answered {right}")
-            require((new, asked["next_state"][state][letter]) in after, f"{where}: goes nowhere")
-    goes = {(code, letter): new for (code, _), codes in after.items()
-            for letter, new in enumerate(codes) if new is not None}
-    require(all(goes[code, letter] == new for (code, _), codes in after.items()
-                for letter, new in enumerate(codes) if new is not None), "a code goes two ways")
-    return [*((f"letter {letter} behind code {code}", lambda m, a=code, b=letter, to=new:
-               m.follows(a, b, to)) for (code, letter), new in goes.items()), *_answers(answer)]
+            require((new, asked["next_state"][own][letter]) in after, f"{where}: goes nowhere")
+            require(goes.setdefault((state, letter), new) == new, f"{where}: goes two ways")
+    said = [(f"letter {letter} behind state {state}", (state, letter, new))
+            for (state, letter), new in goes.items()]
+    if model.c["codes"]:
+        return [*((what, lambda m, way=way: m.follows(*way)) for what, way in said),
+                *_answers(answer)]
+    centres, radius = [[arb(a) for a in row] for row in table["centres"]], arb(table["radius"])
+    return [*((what, lambda m, way=way: m.moves(*way, centres, radius)) for what, way in said),
+            *((f"the answer in ball {ball}", lambda m, b=ball, to=token:
+               m.answers(Ball(centres[b], radius), to)) for ball, token in answer.items())]
 
 
-def dilated(config, asked, table):
+def dilated(model, asked, table):
     """The choices to be looked at, if the products are closed and each means what it should."""
     acts = [[list(move) for move in zip(*columns)] for columns in zip(
         zip(*asked["next_state"]), zip(*asked["answer"]))]       # by letter and state
-    meaning, r = dict(table["meaning"]), config["dilation"]
+    meaning, r = dict(table["meaning"]), model.c["dilation"]
     letters, products = ({tuple(row): code for row, code in table[name]}
                          for name in ("letters", "products"))
     require(all(move[1] != -1 for act in acts for move in act), "something is not asked")
@@ -417,8 +460,8 @@ def dilated(config, asked, table):
 
 
 def _answers(answer):
-    return [(f"the answer behind code {code}", lambda m, a=code, to=token: m.answers(a, to))
-            for code, token in answer.items()]
+    return [(f"the answer behind code {code}", lambda m, a=code, to=token:
+             m.answers(Ball(m.t["recurrent.codes"][a]), to)) for code, token in answer.items()]
 
 
 def main(argv):

@@ -26,7 +26,8 @@ MEASURES: dict[str, Callable[..., dict]] = {
     "ablations": accuracy_row, "reach": reach_row, "exits": exits_row, "experts": experts_row,
     "generation": generation_row, "proofs": proof_row, "machines": proof_row, "ladder": ladder_row,
     "doubling": proof_row, "contracting": proof_row, "staircase": staircase_row, "far": far_row,
-    "states": states_row, "gru": states_row, "pace": lambda run: {"threads": torch.get_num_threads()}}
+    "states": states_row, "gru": states_row,
+    "pace": lambda run: {"threads": torch.get_num_threads()}}
 #: What trains for itself, by (peer, recipe, seed, device): not ours, or not by its own recipe.
 ALONE: dict[str, Callable[..., dict]] = {
     "peers": peer_row, "looping": lambda peer, *rest: looping_row(*rest),
