@@ -39,7 +39,8 @@ def total(x):
 
 
 def length(x):
-    return total(a * a for a in x).sqrt()
+    square = total(a * a for a in x)             # of numbers near 0 the ball may reach below it
+    return (square.upper().sqrt().union(ZERO) if square.contains(ZERO) else square.sqrt())
 
 
 def most(x):
@@ -74,9 +75,8 @@ class Step:
     """An operation's value, its Jacobians, bounds of their norms, and `off`: second order and
     rounding."""
 
-    def __init__(self, x, J, off, steep=None):
-        self.x, self.J, self.off = x, J, off
-        self.steep = steep or [length(A.entries()) for A in J]
+    def __init__(self, x, J, off, steep):
+        self.x, self.J, self.off, self.steep = x, J, off, steep
 
     def of(self, *balls):
         error = self.off + total(steep * b.error for steep, b in zip(self.steep, balls))
@@ -92,6 +92,8 @@ class Model:
         _, self.u, self.largest = ARITHMETIC[arithmetic]
         self.head, self.groups = (config["dim"] // config["n_heads"],
                                   config["n_heads"] // config["n_kv_heads"])
+        # |A| <= |A|_F, which is quick, is close enough for codes, and not for balls
+        self.size = (lambda A: length(A.entries())) if config["codes"] else spectral
         self.matrix = lru_cache(None)(self._matrix)
         self.tokens = lru_cache(None)(self._token)
         self.read = lru_cache(None)(
@@ -129,6 +131,9 @@ class Model:
         require(length(b.x) + r < self.largest, "a number may be too large")
         return Step(x, [D], arb("0.765") * steep / nearest / arb(n).sqrt() * r ** 2
                     + self.rounded(n, length(x) + steep * r, 2), [most(w) / rho])
+
+    def step(self, x, J, off):
+        return Step(x, J, off, [self.size(A) for A in J])
 
     def normed(self, b, name):
         return self.norm(b, name).of(b)
@@ -173,8 +178,8 @@ class Model:
         x, x_off = self.linear(h, varies, *down)
         J = arb_mat([[a * v + b * t for v, t in zip(U[i], U[half + i])]
                      for i, (a, b) in enumerate(zip(J_gate, J_up))])
-        return h, Step(x, [W * J], steep * (length(off) + more) + length(x_off)
-                       + length((arb_mat([second]) * absolute).entries()))
+        return h, self.step(x, [W * J], steep * (length(off) + more) + length(x_off)
+                            + length((arb_mat([second]) * absolute).entries()))
 
     def residual(self, f, norms, of):
         """of_0 + f(norms(of)), by |I + Df| at the centre."""
@@ -182,7 +187,7 @@ class Model:
         slopes = [J * norm.J[0] for J, norm in zip(f.J, norms)]
         slopes[0] += identity(len(f.x))
         x = [a + v for a, v in zip(of[0].x, f.x)]
-        out = Step(x, slopes, off).of(*of)
+        out = self.step(x, slopes, off).of(*of)
         return Ball(x, out.error + self.rounded(1, length(x) + out.radius), out.along)
 
     def attention(self, balls, at):
@@ -236,7 +241,7 @@ class Model:
         W, _, _, steep, _ = self.matrix(out)
         f, f_off = self.linear(x, length(varies) + wide * length(v_by) + off, out)
         slopes = [W * arb_mat(of) for of, b in zip(J, balls) if b is not None]
-        return self.residual(Step(f, slopes, steep * off + length(f_off)), norms, there)
+        return self.residual(self.step(f, slopes, steep * off + length(f_off)), norms, there)
 
     def turn(self, x, j):
         """RoPE: the pairs of x by the angles of slot j."""
@@ -287,7 +292,7 @@ class Model:
                         + more.steep[0] * r + more.off)
                 x, J = [a + v for a, v in zip(x, more.x)], J + more.J[0]
                 off += more.off + self.rounded(1, size)
-            yield self.residual(Step(x, [J], off), [norm], [b])
+            yield self.residual(self.step(x, [J], off), [norm], [b])
 
     def lead(self, b, name, offsets, chosen):
         """By how many times its bound the chosen score leads each other, at least."""

@@ -39,6 +39,8 @@ from mythos_core.tasks.automaton import NOT_ASKED
 from mythos_core.tasks.machines import Machine, minimal
 
 MOST_BALLS = 4000
+DIGITS = 5          # of centres, behind the point
+SLACK = 0.8         # of a ball's radius an image may reach: for whoever checks it by other bounds
 #: The radii tried, in units of how far rounding alone may take a state from the start.
 RADII = (32, 16, 8, 5.6, 4, 2.8)
 
@@ -161,17 +163,23 @@ class Invariant:
         along = torch.eye(width, dtype=known.dtype) * self.radius * (rows >= 0)[:, None, None]
         found = self.cell.step(Ball(known[rows], known.new_zeros(len(rows), 1), along), letters)
         reach = found.radius.squeeze(-1)
-        if not bool((reach < self.radius).all()):
+        within = SLACK * self.radius
+        if not bool((reach < within).all()):
             self.fault = (f"balls of radius {self.radius:.2g} go to such of "
                           f"{reach.max().item():.2g}: the loop does not contract")
             return False
         count = len(self.codes)
         for image, x, r in zip(images, found.x, reach):
             far = length(self.codes - x).squeeze(-1) + r
-            if not len(far) or far.min() >= self.radius:
-                self.codes, far = torch.cat([self.codes, x[None]]), torch.cat([far, r[None]])
+            if not len(far) or far.min() >= within:
+                new = x.round(decimals=DIGITS)[None]             # short in a file
+                self.codes = torch.cat([self.codes, new])
+                far = torch.cat([far, length(new - x).flatten() + r])
             self.goes[image] = int(far.argmin())
             self.safety["state"] = min(self.safety["state"], (self.radius / far.min()).item())
+        if not self.safety["state"] > 1:
+            self.fault = f"an image reaches the border of its ball, of radius {self.radius:.2g}"
+            return False
         if len(self.codes) > MOST_BALLS:
             self.fault = f"more than {MOST_BALLS} balls of radius {self.radius:.2g} are needed"
             return False

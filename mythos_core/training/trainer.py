@@ -87,7 +87,7 @@ def end(run: Run, optimizer, checkpoint: Path | None):
     Path(out, "history.json").write_text(json.dumps(run.history), encoding="utf-8")
     if run.certificate:
         Path(out, "certificate.json").write_text(
-            json.dumps(run.certificate.summary(), indent=1) + "\n", encoding="utf-8")
+            json.dumps(run.certificate.summary()) + "\n", encoding="utf-8")
 
 
 def check(recipe: Recipe, seed: int, device):
