@@ -165,8 +165,9 @@ class Invariant:
         reach = found.radius.squeeze(-1)
         within = SLACK * self.radius
         if not bool((reach < within).all()):
-            self.fault = (f"balls of radius {self.radius:.2g} go to such of "
-                          f"{reach.max().item():.2g}: the loop does not contract")
+            self.fault = (f"a ball of radius {self.radius:.2g} goes to one of "
+                          f"{reach.max().item():.2g}, which must be below {within:.2g}: the loop "
+                          "does not contract enough")
             return False
         count = len(self.codes)
         for image, x, r in zip(images, found.x, reach):

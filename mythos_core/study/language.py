@@ -36,6 +36,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "random-loops": {},
     "strict": {"config.strict": True, "config.carry": False},
     "strict-carry": {"config.strict": True},
+    # T loops read 2^T bytes: 7 read a window
+    "doubling": {"config.dilation": 2, "config.carry": False, "config.loop_norm": True},
     "unlooped": {"loops": (1, 1)},
     "unlooped-deep": {"loops": (1, 1)},      # prelude_layers: as many as make the compute equal
 }

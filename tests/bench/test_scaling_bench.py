@@ -196,7 +196,8 @@ def test_a_string_by_doubling_and_from_left_to_right():
     for ax, (title, row) in zip(axes, measured.items()):
         for name, times in row["milliseconds"].items():
             ax.loglog(LONG[:len(times)], times, "o-", ms=4, color=colours[name], label=name)
-        ax.set(title=f"One string of S3, {title}", xlabel="letters", ylabel="milliseconds")
+        ax.set(title=f"One string of S3, {title.replace('1 threads', '1 thread')}",
+               xlabel="letters", ylabel="milliseconds")
         ax.legend()
     alt = ("Two log-log panels of milliseconds against the letters of one string: doubling far "
            "below left to right up to tens of thousands of letters")

@@ -126,6 +126,33 @@ def doubling():
     return ", ".join(said)
 
 
+def doubling_speed():
+    """Of one string the time from left to right, and by open-mythos, over that of doubling."""
+    found, said = figure("bench_doubling"), []
+    for threads in ("1 threads", "2 threads"):
+        at = found[threads]["values"].index(1024)
+        ours, strict, theirs = found[threads]["milliseconds"].values()
+        said.append(f"{strict[at] / ours[at]:.1f} and {theirs[at] / ours[at]:.1f} times as fast as "
+                    f"these at 1,024 letters, and {strict[-1] / ours[-1]:.1f} times as fast as "
+                    "left to right at 65,536")
+    step = found["training_step"]
+    return (f"With one thread it is {said[0]}; with two, {said[1]}. A training step of its recipe "
+            f"takes {step['doubling'] / step['strict']:.2f} times as long as one of the strict "
+            "model's.")
+
+
+def safeties():
+    """The least lead over its bound of any choice, of the models of each kind that ship."""
+    kinds = {"doubling": [], "state": [], "contracting": []}
+    for file in PRETRAINED.glob("*/certificate.json"):
+        kind = file.parent.name.partition("-")[0]
+        kinds["state" if kind == "parity" else kind].append(
+            min(json.loads(file.read_text(encoding="utf-8"))["safety"].values()))
+    assert len(kinds["contracting"]) == 4
+    return (f"at least {int(min(kinds['doubling']))} times as much in the doubling models, "
+            f"{int(min(kinds['state']))} in the strict ones with codes")
+
+
 def doubling_machines():
     """The same of the machines of which no model ships."""
     rows, said = study.load(study.RESULTS / "doubling.json"), {}
@@ -173,6 +200,8 @@ CLAIMS = {
     "proofs": proofs,
     "doubling": doubling,
     "doubling machines": doubling_machines,
+    "doubling speed": doubling_speed,
+    "safeties": safeties,
     "random machines": random_machines,
     "balance": balance,
     "generation": generation,
@@ -341,6 +370,27 @@ def language_table():
         cells = [name, *(f"{x:.3f}" for x in at), f"{least:.3f} to {most:.3f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def doubling_table():
+    """What docs/language.md quotes of the loop that doubles, and of the ordinary one beside it."""
+    rows = study.unpack(study.RESULTS / "language_doubling.json")
+    shown = [1, 2, 4, 8, 16, 128]
+    lines = [f"| model | {' | '.join(map(str, shown))} | seeds, at its best |",
+             "|---" * (len(shown) + 2) + "|"]
+    for arm, name in {"random-loops": ARMS["random-loops"], "doubling": "doubling loop"}.items():
+        of = [row for row in rows if row["arm"] == arm]
+        assert len(of) == 3
+        at = [mean(row["bits"][row["loops"].index(n)] for row in of) for n in shown]
+        least, most = (f(row["best"] for row in of) for f in (min, max))
+        cells = [name, *(f"{x:.3f}" for x in at), f"{least:.3f} to {most:.3f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def test_the_loop_that_doubles_on_text_is_quoted():
+    if doubling_table() not in PAGES["docs/language.md"]:
+        pytest.fail(f"paste this into docs/language.md:\n\n{doubling_table()}\n", pytrace=False)
 
 
 def pace_table():

@@ -240,7 +240,7 @@ def test_a_model_of_the_default_size_ships_in_bfloat16_under_one_and_a_half_mega
     assert model.config.max_loop_iters == LOOPS
 
 
-@pytest.mark.parametrize("arm", sorted(set(ARMS) - {"unlooped-deep"}))
+@pytest.mark.parametrize("arm", sorted(set(ARMS) - {"unlooped-deep", "doubling"}))
 def test_of_each_small_arm_the_seed_that_was_best_on_the_validation_side_ships(arm):
     rows = [row for row in unpack(RESULTS / "language.json") if row["arm"] == arm]
     best = min(rows, key=lambda row: row["validation"][-1][1])
