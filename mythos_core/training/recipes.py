@@ -58,7 +58,7 @@ class Recipe:
     # share of states that the next position reads as the mean of those that mean the same
     handed_on: float = 0.0
     # weight, while the learning rate falls, of `losses.center_loss`, of a dilated model
-    # `losses.spread_ratio`
+    # `losses.spread_ratio`, and of one that is to contract of that and of a tenth of `losses.apart`
     center_loss: float = 0.0
     # weight, while the learning rate falls, of `losses.steepness`: the loop is to contract, and the
     # weights as trained are what is proved at the end of the fall

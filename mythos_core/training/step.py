@@ -131,9 +131,10 @@ def _contracted(run: Run, ids, label, labels):
 
     flat, (begin, end) = (h.flatten(0, 1), label.flatten(), labels), fall(run.history)
     rising = min(1.0, 3 * (len(run.history) - begin) / (end - begin))
-    also = (recipe.center_loss * spread_ratio(*flat) + recipe.contraction
-            * steepness(step, before[some]))
-    return model.decode(h, ctx), rising * also + 0.1 * apart(*flat)
+    also = recipe.contraction * rising * steepness(step, before[some])
+    if recipe.center_loss:                       # both by labels
+        also = also + recipe.center_loss * (rising * spread_ratio(*flat) + 0.1 * apart(*flat))
+    return model.decode(h, ctx), also
 
 
 def disturbance(recipe: Recipe, ids: Int[Tensor, "batch seq"]
