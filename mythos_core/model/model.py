@@ -3,7 +3,7 @@ import json
 import re
 import warnings
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -252,12 +252,13 @@ def _compare_with_certificate(model, file: Path):
     if not file.exists():
         return
     try:
-        of = json.loads(file.read_text(encoding="utf-8"))["weights"]
+        found = json.loads(file.read_text(encoding="utf-8"))
+        of = found["weights"], found["config"]
     except (ValueError, KeyError, TypeError) as error:
-        of = f"nothing that can be read ({type(error).__name__})"
-    if of != digest(model):
-        warnings.warn(f"{file}: is of other weights than those beside it: of {of}, not "
-                      f"{digest(model)}", stacklevel=3)
+        of = "nothing", f"that can be read ({type(error).__name__})"
+    if of != (digest(model), asdict(model.config)):
+        warnings.warn(f"{file}: is of other weights than those beside it, or of another config: "
+                      f"of {of}", stacklevel=3)
 
 
 def _require(holds, name, value, rule):

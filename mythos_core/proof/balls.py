@@ -28,16 +28,17 @@ from torch import Tensor
 from mythos_core.model.layers import RMSNorm
 
 #: By arithmetic: the unit roundoff of a sum of products and of a function, of a result as it is
-#: stored, and of what a product reads. bfloat16 and float16 are summed in float32, as by all
-#: libraries of today; TF32 is float32 whose matrix products read 11 bits of each number.
+#: stored, and of what a product reads. bfloat16 and float16 are summed in float32, as libraries do
+#: that are not allowed less; TF32 is float32 whose matrix products read 11 bits of each number.
 ROUNDOFF = {"float64": (2.0 ** -53, 2.0 ** -53, 0.0), "float32": (2.0 ** -24, 2.0 ** -24, 0.0),
             "tf32": (2.0 ** -24, 2.0 ** -24, 2.0 ** -11),
             "bfloat16": (2.0 ** -24, 2.0 ** -8, 0.0), "float16": (2.0 ** -24, 2.0 ** -11, 0.0)}
 #: How many units of roundoff exp, rsqrt, sqrt, silu, cos and sin may be off by, relative. The
 #: vendors say 1 to 2 ulps of 2 units each (Sleef and SVML 1; CUDA's Programming Guide, exp 2).
 FUNCTION = 8
-ASSUMED = ("sums in any order, products fused or not, results rounded to nearest; "
-           f"exp, rsqrt, sqrt, silu, cos and sin right to {FUNCTION} units of roundoff")
+ASSUMED = ("sums in any order, products fused or not, results rounded to nearest; of bfloat16 and "
+           f"float16 sums in float32; exp, pow, rsqrt, sqrt, silu, cos and sin right to "
+           f"{FUNCTION} units of roundoff, or to 1e-36")
 
 
 def length(x: Float[Tensor, "*n dim"]) -> Float[Tensor, "*n 1"]:
@@ -138,7 +139,9 @@ class Arithmetic:
         size = length(u * w) + steep * r
         size = size.where(length(b.x) + r < self.largest, math.inf)
         second = 1.53 / 2 * steep / least / d ** 0.5 * r ** 2
-        return Step(u * w, [D], second + self.rounding(self.gamma(d + 2 * FUNCTION), size))
+        # what underflows before the weight is multiplied by it
+        rounding = self.rounding(self.gamma(d + 2 * FUNCTION), size) + self.tiny * w.abs().max()
+        return Step(u * w, [D], second + rounding)
 
     def normed(self, b: Ball, m: RMSNorm) -> Ball:
         return self.norm(b, m).of(b)
@@ -160,7 +163,9 @@ class Arithmetic:
         """
         p, all_off = z.softmax(-1), off + r
         span = (z.amax(-1, keepdim=True) - z).where(p > 0, 0.0) + 2 * all_off
-        relative = self.store * (span + 1) + self.sums * (2 * FUNCTION + z.shape[-1])
+        shared = (p * span).sum(-1, keepdim=True)                # of the sum that divides all
+        relative = (self.store * (span + shared + 1)
+                    + self.sums * (2 * FUNCTION + z.shape[-1]))
         return p, 0.5 * off + length(relative * (p + all_off / 2)) + self.tiny
 
     def leads(self, b: Ball, W: Float[Tensor, "choices dim"], offset: Float[Tensor, "choices"],
@@ -180,4 +185,4 @@ class Arithmetic:
         """Of each of W x + offset, for all x within r."""
         return (self.product(x, r, W) + self.rounding(2 * self.store, x.abs() @ W.abs().T
                                                       + length(W).T * r)
-                + self.rounding(self.gamma(W.shape[1] + 2), offset.abs()))
+                + self.rounding(self.gamma(W.shape[1] + 2) + self.store, offset.abs()))

@@ -25,7 +25,7 @@ bits for all.
 """
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 import torch
@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from mythos_core.model.layers import NORM_EPS, RMSNorm
 from mythos_core.model.model import OpenMythos
 from mythos_core.model.weights import digest
 from mythos_core.proof.balls import ASSUMED, ROUNDOFF
@@ -127,6 +128,7 @@ class Certificate:
         margins = {name: _finite(getattr(self, name))
                    for name in ("state_margin", "logit_margin", "routing_margin")}
         return {"proved": self.proved, "reason": self.reason, "weights": digest(self.model),
+                "config": asdict(self.model.config),
                 "arithmetic": self.arithmetic, "assumed": ASSUMED, "contexts": self.contexts,
                 "wrong": self.wrong, "codes": len(self.codes), **margins,
                 "safety": {name: _finite(times) for name, times in self.safety.items()},
@@ -201,10 +203,16 @@ def _check(model, machine=None):
                          "another")
     wanted = {"strict": True} if c.dilation == 1 else {}
     for name, value in {**wanted, "window": 1, "stride": 1, "carry": False, "rope": False,
-                        "attn_type": "gqa"}.items():
+                        "attn_type": "gqa", "max_seq_len": None}.items():
         if getattr(c, name) != value:
             raise ValueError(f"model.config.{name} = {getattr(c, name)}: "
                              f"must be {value} for a certificate")
+    if c.rope_theta < 1:                             # angles of slots, from 0 to dilation - 1
+        raise ValueError(f"model.config.rope_theta = {c.rope_theta}: must be at least 1 for a "
+                         "certificate")
+    if any(part.eps != NORM_EPS for part in model.modules() if isinstance(part, RMSNorm)):
+        raise ValueError(f"an RMSNorm of the model has another eps than {NORM_EPS}: a copy, of "
+                         "which the certificate would be, has not")
     if model.head.weight is not model.embed.weight:
         raise ValueError("model.head.weight: must be model.embed.weight for a certificate")
     if machine is not None and machine.vocab_size > c.vocab_size:

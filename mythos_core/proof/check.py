@@ -22,7 +22,8 @@ from flint import arb, arb_mat
 ARITHMETIC = {"float32": ("F32", arb(2) ** -24, 1e9), "float64": ("F64", arb(2) ** -53, 1e60)}
 FUNCTION, EPS, TINY, ZERO = 8, arb("1e-6"), arb("1e-32"), arb(0)
 FLAT, BENT, CURLED = arb("1.1"), arb("0.5"), arb("0.31")     # above |silu'|, |silu''|, |silu'''|
-MUST_BE = {"window": 1, "stride": 1, "carry": False, "rope": False, "attn_type": "gqa"}
+MUST_BE = {"window": 1, "stride": 1, "carry": False, "rope": False, "attn_type": "gqa",
+           "max_seq_len": None, "lora_rank": 0, "token_shift": False, "loop_embedding": False}
 
 
 class Refused(Exception):
@@ -45,6 +46,12 @@ def length(x):
 
 def most(x):
     return max((abs(a) for a in x), key=lambda a: float(a.upper()))
+
+
+def lowest(numbers):
+    """The least, or one that is no number, if there is one."""
+    numbers = list(numbers)
+    return next((a for a in numbers if a != a), min(numbers, default=float("inf")))
 
 
 def least(a, b):
@@ -81,6 +88,7 @@ class Step:
     def of(self, *balls):
         error = self.off + total(steep * b.error for steep, b in zip(self.steep, balls))
         along = [J * b.along for J, b in zip(self.J, balls) if b.along is not None]
+        require(len(along) < 2, "two balls have a shape")
         return Ball(self.x, error, along[0] if along else None)
 
 
@@ -130,7 +138,7 @@ class Model:
         x = [a * v for a, v in zip(u, w)]
         require(length(b.x) + r < self.largest, "a number may be too large")
         return Step(x, [D], arb("0.765") * steep / nearest / arb(n).sqrt() * r ** 2
-                    + self.rounded(n, length(x) + steep * r, 2), [most(w) / rho])
+                    + self.rounded(n, length(x) + steep * r, 2) + TINY * most(w), [most(w) / rho])
 
     def step(self, x, J, off):
         return Step(x, J, off, [self.size(A) for A in J])
@@ -143,7 +151,7 @@ class Model:
         e, r = [(a - z[0]).exp() for a in z], off + by
         p = [a / total(e) for a in e]
         spread = most([a - v for a in z for v in z]) + 2 * r
-        return p, (off / 2 + self.rounded(len(z), (spread + 1) * (1 + r), 2) * len(z)
+        return p, (off / 2 + self.rounded(len(z), (2 * spread + 1) * (1 + r), 2) * len(z)
                    if len(z) > 1 else ZERO)
 
     def unit(self, y, up, down, gates=None):
@@ -164,7 +172,8 @@ class Model:
             by.append(steep * g_by + flat * v_by)
             second.append(least(curved + CURLED * g_by, BENT) * g_by ** 2 * big / 2
                           + abs(bent) * g_by * v_by)
-            off.append(steep * g_off + flat * v_off + self.rounded(2, abs(h[-1]) + by[-1], 2))
+            off.append(steep * g_off + flat * v_off + self.rounded(2, abs(h[-1]) + by[-1], 2)
+                       + TINY * big)
         more, varies = ZERO, length(by)
         if gates is not None:
             w, w_by, w_second, w_off = gates
@@ -205,7 +214,7 @@ class Model:
         (k, k_off), (v, v_off) = (zip(*[self.linear(b.x, b.radius, *key) for b in y])
                                   for key in (K, V))
         q_off, v_off = length(q_off), [length(off) for off in v_off]
-        k_off = [length(off) + self.rounded(4, length(a) + b.radius * self.matrix(*K)[3], 4 + r)
+        k_off = [length(off) + self.rounded(4, length(a) + b.radius * self.matrix(*K)[3], 3 * r)
                  for off, a, b in zip(k_off, k, y)]              # angles and functions of them too
         q_by = self.matrix(*Q)[3] * y[0].radius + q_off
         k_by, v_by = ([self.matrix(*key)[3] * b.radius + off for b, off in zip(y, offs)]
@@ -299,10 +308,9 @@ class Model:
         W, (z, off) = self.t[name], self.linear(b.x, b.radius, name)
         off = [a + self.rounded(len(b.x), abs(o)) + 4 * self.u * (abs(s) + length(w) * b.radius)
                for a, o, s, w in zip(off, offsets, z, W)]
-        return min((float(((z[chosen] + offsets[chosen] - a - o)
-                           / (apart(W, chosen, i) * b.radius + e + off[chosen])).lower())
-                    for i, (a, o, e) in enumerate(zip(z, offsets, off)) if i != chosen),
-                   default=float("inf"))
+        return lowest(float(((z[chosen] + offsets[chosen] - a - o)
+                             / (apart(W, chosen, i) * b.radius + e + off[chosen])).lower())
+                      for i, (a, o, e) in enumerate(zip(z, offsets, off)) if i != chosen)
 
     def _token(self, token):
         """e, what the prelude makes of a token."""
@@ -318,7 +326,7 @@ class Model:
 
     def to_code(self, z, code):
         halves = [-total(a * a for a in row) / 2 for row in self.t["recurrent.codes"]]
-        return min(self.lead(h, "recurrent.codes", halves, code) for h in self.loop(z))
+        return lowest(self.lead(h, "recurrent.codes", halves, code) for h in self.loop(z))
 
     def behind(self, before, letter):
         """What a strict loop reads: a state and a letter."""
@@ -337,9 +345,9 @@ class Model:
         n = self.c["dim"]
         before = (Ball([ZERO] * n) if ball is None
                   else Ball(centres[ball], ZERO, radius * identity(n)))
-        return min(float((radius / (length([a - b for a, b in zip(h.x, centres[to])])
-                                    + h.radius)).lower())
-                   for h in self.loop(self.behind(before, letter)))
+        return lowest(float((radius / (length([a - b for a, b in zip(h.x, centres[to])])
+                                       + h.radius)).lower())
+                      for h in self.loop(self.behind(before, letter)))
 
     def multiplies(self, row, code, letters):
         """Of a dilated one: letters or codes, the earliest first."""
@@ -366,11 +374,16 @@ def read(folder):
     require(certificate["arithmetic"] in ARITHMETIC, f"arithmetic {certificate['arithmetic']!r}: "
             f"must be one of {sorted(ARITHMETIC)}")
     for name, value in MUST_BE.items():
-        require(config[name] == value, f"config.json: {name} = {config[name]!r}: must be {value}")
+        require(config[name] == value and type(config[name]) is type(value),
+                f"config.json: {name} = {config[name]!r}: must be {value}")
     require(config["strict"] != (config["dilation"] > 1), "config.json: strict or dilated")
+    require(config["rope_theta"] >= 1, "config.json: rope_theta must be at least 1")
+    for name, value in certificate["config"].items():
+        require(config[name] == value, f"config.json: {name} is not as in the certificate")
     found, tensors = hashlib.sha256(), {}
     for name, t in sorted(safetensors.deserialize((folder / "model.safetensors").read_bytes())):
         name = "embed.weight" if name == "head.weight" else name
+        require(name not in tensors, "the embedding is there twice")
         tensors[name] = t
     for name, t in sorted(tensors.items()):
         found.update(f"{name} {t['dtype']} {list(t['shape'])}\n".encode() + bytes(t["data"]))
@@ -389,15 +402,34 @@ def check(folder, progress=lambda done, of: None):
     """What is proved, in a line. Raises Refused, with the reason."""
     model, certificate = read(Path(folder))
     asked, table = certificate["asked"], certificate["table"]
+    states, letters = machine(asked)
     jobs = (strict if model.c["strict"] else dilated)(model, asked, table)
+    require(jobs, "there is nothing to look at")
     closest = float("inf")
     for done, (what, lead) in enumerate(jobs, 1):
         clear = lead(model)
         require(clear > 1, f"{what}: leads by {clear:.3g} times its bound, must be above 1")
         closest = min(closest, clear)
         progress(done, len(jobs))
-    return (f"proved: every string of every length is answered as {asked['name']} does; "
-            f"{len(jobs)} choices, each at least {closest:.3g} times its bound")
+    everywhere = all(answer != -1 for row in asked["answer"] for answer in row)
+    about = "" if everywhere else " that is asked about"
+    return (f"proved: every string of every length{about} is answered as the "
+            f"machine of {states} states and {letters} letters does that is asked "
+            f"for, which is called {asked['name']}; {len(jobs)} choices, each at least "
+            f"{closest:.3g} times its bound")
+
+
+def machine(asked):
+    """Its states and letters, if it is a whole table."""
+    answer, goes = asked["answer"], asked["next_state"]
+    states, letters = len(goes), len(goes[0])
+    require(states and letters and len(answer) == states
+            and all(len(row) == letters for row in [*answer, *goes]), "asked: no whole table")
+    require(all(type(x) is int and 0 <= x < states
+                for row in [*goes, [asked["start"]]] for x in row)
+            and all(type(x) is int and x >= -1 for row in answer for x in row), "asked: no machine")
+    require(any(x != -1 for x in answer[asked["start"]]), "asked: nothing")
+    return states, letters
 
 
 def strict(model, asked, table):
@@ -419,6 +451,8 @@ def strict(model, asked, table):
     if model.c["codes"]:
         return [*((what, lambda m, way=way: m.follows(*way)) for what, way in said),
                 *_answers(answer)]
+    require(all(len(row) == model.c["dim"] for row in table["centres"]) and table["radius"] > 0,
+            "balls of another space, or of none")
     centres, radius = [[arb(a) for a in row] for row in table["centres"]], arb(table["radius"])
     return [*((what, lambda m, way=way: m.moves(*way, centres, radius)) for what, way in said),
             *((f"the answer in ball {ball}", lambda m, b=ball, to=token:
@@ -479,7 +513,7 @@ def main(argv):
             raise Refused("usage: python -m mythos_core.proof.check DIR")
         print(check(argv[0], show))
     except (Refused, OSError, ValueError, KeyError, TypeError, IndexError, AttributeError,
-            ZeroDivisionError, safetensors.SafetensorError) as error:
+            ArithmeticError, RecursionError, safetensors.SafetensorError) as error:
         print(f"not proved: {error if isinstance(error, Refused) else repr(error)}")
         return 1
     return 0

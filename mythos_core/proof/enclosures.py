@@ -44,7 +44,7 @@ class Enclosure(Arithmetic):
         flat = silu.abs() + SILU[0] * g_by
         by = steep * g_by + flat * u_by
         off = steep * g_off + flat * u_off + self.rounding(
-            FUNCTION * self.sums + 2 * self.store, h.abs() + by)
+            FUNCTION * self.sums + 2 * self.store, h.abs() + by) + self.tiny * big_up
         by_gate, by_up, more, varies = _slope(gate) * up, silu, 0.0, length(by)
         if gates is not None:
             w, w_by, w_second, w_off = gates
@@ -60,7 +60,8 @@ class Enclosure(Arithmetic):
         """Whether the first expert's score is above the second's in all of the ball."""
         W, r = m.router.weight, y.radius
         score, off = y.x @ W.T + m.router_bias, self.score_rounding(y.x, r, W, m.router_bias)
-        off = torch.cdist(W, W) * r.unsqueeze(-1) + off.unsqueeze(-1) + off.unsqueeze(-2)
+        apart = torch.cdist(W, W, compute_mode="donot_use_mm_for_euclid_dist")
+        off = apart * r.unsqueeze(-1) + off.unsqueeze(-1) + off.unsqueeze(-2)
         return score.unsqueeze(-1) - score.unsqueeze(-2) > off
 
     def moe(self, y: Ball, m: Any, chosen: Experts) -> Step:
@@ -80,7 +81,7 @@ class Enclosure(Arithmetic):
                 p.unsqueeze(-1) * (W - (p @ W).unsqueeze(-2)))
         for shared in m.shared:
             more = self.unit(y, shared.gate_up.weight, shared.down.weight)
-            x, r = out.x + more.x, length(out.x) + length(more.x) + (
+            x, r = out.x + more.x, length(out.x) + length(more.x) + out.off + more.off + (
                 spectral(out.J[0]) + spectral(more.J[0])) * y.radius
             out = Step(x, [out.J[0] + more.J[0]], out.off + more.off + self.rounding(self.store, r))
         return out
@@ -101,14 +102,15 @@ class Enclosure(Arithmetic):
         q_off, k_off, v_off = (length(self.product(y if i else y[:, :1], r if i else r[:, :1], W))
                                for i, W in enumerate((Wq, Wk, Wv)))
         # angles are rounded, and their functions, of which two products are added and stored
-        k_off = k_off + (2 * (FUNCTION + n) * self.sums + self.store) * (length(keys) + r + k_off)
+        turning = (2 * FUNCTION + (n - 1) * (2 * FUNCTION + 3) + 3) * self.sums + self.store
+        k_off = k_off + turning * (length(keys) + self.bound(Wk) * r + k_off)
         q_by, k_by, v_by = (_by_head(self.bound(W) * (r if i else r[:, :1]) + off)
                             for i, (W, off) in enumerate(((Wq, q_off), (Wk, k_off), (Wv, v_off))))
         q_off, k_off, v_off = (_by_head(off) for off in (q_off, k_off, v_off))
         big_q, big_k, big_v = (length(x).squeeze(-1) + by                    # (n, KV, G, slots)
                                for x, by in ((qx, q_by), (kx, k_by), (vx, v_by)))
         off = length(scale * (big_q * k_off + big_k * q_off)
-                     + self.rounding(self.gamma(d + 2), scale * big_q * big_k))
+                     + self.rounding(self.gamma(d + 2) + self.store, scale * big_q * big_k))
         by = length(scale * (big_q * k_by + big_k * q_by))       # how far the scores vary
         p, p_off = self.softmax((qx * kx).sum(-1) * scale, off, by)
         second = length(scale * q_by * k_by) / 2 + by ** 2 / 2

@@ -177,10 +177,10 @@ class Invariant:
                 self.codes = torch.cat([self.codes, new])
                 far = torch.cat([far, length(new - x).flatten() + r])
             self.goes[image] = int(far.argmin())
+            if not bool(far.min() < self.radius):                # nor if it is not a number
+                self.fault = f"an image reaches the border of its ball, of radius {self.radius:.2g}"
+                return False
             self.safety["state"] = min(self.safety["state"], (self.radius / far.min()).item())
-        if not self.safety["state"] > 1:
-            self.fault = f"an image reaches the border of its ball, of radius {self.radius:.2g}"
-            return False
         if len(self.codes) > MOST_BALLS:
             self.fault = f"more than {MOST_BALLS} balls of radius {self.radius:.2g} are needed"
             return False

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from mythos_core.model.model import OpenMythos
 from mythos_core.tasks.automaton import Machine
-from mythos_core.training.losses import handing_on, mean_loss, move_weights, numbered
+from mythos_core.training.losses import (
+    handing_on,
+    mean_loss,
+    move_weights,
+    numbered,
+    spread_ratio,
+    steepness,
+)
 from mythos_core.training.recipes import Recipe
 from mythos_core.training.schedule import CERTIFY_EVERY, draw, learning_rate
 
@@ -153,7 +160,8 @@ def fit(make: Callable[[Recipe], Model], recipe: Recipe, seed: int,
                                       weight_decay=recipe.weight_decay, fused=True)
         for step in range(recipe.steps):
             optimizer.param_groups[0]["lr"] = learning_rate(recipe, step)
-            loss, accuracy = _step(model.train(), recipe, *draw(recipe, step), device)
+            falls = bool(recipe.decay) and step >= (1 - recipe.decay) * recipe.steps
+            loss, accuracy = _step(model.train(), recipe, *draw(recipe, step), device, falls)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
@@ -166,11 +174,20 @@ def fit(make: Callable[[Recipe], Model], recipe: Recipe, seed: int,
 
 
 def _step(model, recipe: Recipe, length: int, n_loops: int | None,
-          device=None) -> tuple[Tensor, float]:
+          device=None, falls: bool = False) -> tuple[Tensor, float]:
     """Loss and token accuracy of one batch. Of a recurrent model half of the states are handed on
-    as means, if the recipe says so, as `training.train` does with those of a strict loop."""
+    as means, if the recipe says so, as `training.train` does with those of a strict loop; and one
+    that is to contract is asked for that while the learning rate falls."""
     ids, targets = recipe.make_batch(recipe.batch, length, strings=recipe.strings, device=device)
-    if recipe.handed_on and isinstance(model, Recurrent):
+    also: Tensor | float = 0.0
+    if recipe.contraction and falls:
+        states = model.states(ids)
+        logits, before = model.answer(states), torch.cat([0 * states[:, :1], states[:, :-1]], 1)
+        label, labels = numbered(recipe.machine.outcomes(ids))
+        also = (recipe.contraction * steepness(lambda h: model.step(h, ids.flatten()),
+                                               before.flatten(0, 1))
+                + recipe.center_loss * spread_ratio(states.flatten(0, 1), label.flatten(), labels))
+    elif recipe.handed_on and isinstance(model, Recurrent):
         drawn = torch.rand(length, len(ids), device=device).T
         hand_on = handing_on(drawn < recipe.handed_on, *numbered(recipe.machine.outcomes(ids)))
         logits = model.answer(model.states(ids, hand_on))
@@ -178,7 +195,7 @@ def _step(model, recipe: Recipe, length: int, n_loops: int | None,
         logits = model(ids, n_loops)
     weight = move_weights(recipe.machine, ids).flatten() if recipe.balanced else None
     loss = mean_loss(logits.flatten(0, 1), targets.flatten(), weight)
-    return loss, (logits.argmax(-1) == targets).float().mean().item()
+    return loss + also, (logits.argmax(-1) == targets).float().mean().item()
 
 
 @torch.no_grad()

@@ -197,3 +197,29 @@ def test_a_proof_restores_the_mode():
     assert certify(model, PARITY).proved and model.training
     copy = with_codes(model, None)
     assert replace(copy.config, codes=2) == model.config
+
+
+def test_what_underflows_before_a_large_weight_is_seen():
+    """Of x / rms * weight the first product underflows in float32, and the weight is 1e38."""
+    model = bare()
+    with torch.no_grad():
+        for part in (model.embed.weight, model.norm.weight, model.recurrent.codes):
+            part.zero_()
+        model.recurrent.codes[0, 0], model.recurrent.codes[0, 1] = 2.0 ** -149, 1e4
+        model.norm.weight[0], model.embed.weight[1, 0] = 1e38, 1.0
+    assert not certify(model, ONE).proved
+
+
+@pytest.mark.parametrize("changes, named", [
+    (dict(rope_theta=0.5), "rope_theta = 0.5: must be at least 1"),
+    (dict(max_seq_len=8), "max_seq_len = 8: must be None")])
+def test_what_the_bounds_or_the_words_do_not_cover_is_refused(changes, named):
+    with pytest.raises(ValueError, match=f"model.config.{named}"):
+        certify(bare(**changes), ONE)
+
+
+def test_another_eps_is_refused():
+    model = OpenMythos.from_pretrained("parity-extrapolating")
+    model.norm.eps = 1.0
+    with pytest.raises(ValueError, match="an RMSNorm of the model has another eps"):
+        certify(model, PARITY)

@@ -19,7 +19,7 @@ STRICT, DILATED = "parity-extrapolating", "doubling-parity"
 @pytest.mark.parametrize("name", [STRICT, DILATED, "state-Z5"])
 def test_what_ships_is_proved(name):
     said = check.check(PRETRAINED / name)
-    assert said.startswith("proved: every string of every length is answered as ")
+    assert said.startswith("proved: every string of every length is answered as the machine of ")
 
 
 def test_it_imports_no_torch_and_none_of_ours():
@@ -48,9 +48,11 @@ def folder(tmp_path):
         if certificate is not None:
             certificate(found)
         (out / "certificate.json").write_text(json.dumps(found))
-        if config is not None:
+        if config is not None:                                   # in both: not by comparing them
             values = json.loads((out / "config.json").read_text())
             (out / "config.json").write_text(json.dumps(values | config))
+            found["config"] |= config
+            (out / "certificate.json").write_text(json.dumps(found))
         return out
     return make
 
@@ -126,6 +128,14 @@ CERTIFICATES = {
     "rest": (DILATED, edit("table", "products", 0, 1, lambda code: 1 - code), ""),
     "a meaning": (DILATED, edit("table", "meaning", 0, 1, lambda act: act[::-1]), "mean"),
     "a missing meaning": (DILATED, edit("table", "meaning", lambda rows: rows[1:]), ""),
+    "nothing asked": (STRICT, lambda found: found.update(
+        asked={"name": "S5", "next_state": [[0]], "answer": [[]], "start": 0},
+        table={"rows": [[None, 0, []]], "answers": []}), "no whole table"),
+    "all answers left out": (STRICT, edit("asked", "answer", [[-1, -1]] * 2), "asked: nothing"),
+    "a column left out": (DILATED, edit("asked", "answer", lambda rows: [r[:1] for r in rows]),
+                          "no whole table"),
+    "a state that there is not": (STRICT, edit("asked", "next_state", 0, 0, -1), "no machine"),
+    "another config": (STRICT, edit("config", "n_heads", 2), "n_heads is not as in"),
     "an answer of a scan": (DILATED, edit("table", "answers", 0, 1, lambda token: 3 - token), ""),
     "a start of a scan": (DILATED, edit("asked", "start", 1), "not answered"),
 }
@@ -137,7 +147,10 @@ BALLS = {
     "an answer in a ball": edit("table", "answers", 3, 1, lambda token: 3 - token)}
 CONFIGS = {
     "window": (STRICT, {"window": 2}, "window"), "carry": (STRICT, {"carry": True}, "carry"),
-    "positions": (STRICT, {"rope": True}, "rope"), "heads": (STRICT, {"n_kv_heads": 4}, ""),
+    "positions": (STRICT, {"rope": True}, "rope"), "a window of True": (
+        STRICT, {"window": True}, "window"), "length": (STRICT, {"max_seq_len": 8}, "max_seq_len"),
+    "angles": (DILATED, {"rope_theta": 0.1}, "rope_theta"),
+    "heads": (STRICT, {"n_kv_heads": 4}, ""),
     "kind": (STRICT, {"strict": False}, "strict"),
     "reach": (DILATED, {"dilation": 3}, ""),
     "prelude": (DILATED, {"prelude_layers": 0}, "leads by")}
