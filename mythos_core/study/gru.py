@@ -1,5 +1,5 @@
-"""A GRU of torch.nn on balls: the proof of `proof.invariant` asks for a cell, not for a loop of
-ours."""
+"""A GRU of torch.nn on balls, and rows of its proofs: `proof.invariant` asks for a cell, not for a
+loop of ours."""
 from typing import Any
 
 import torch
@@ -7,7 +7,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mythos_core.proof.balls import FUNCTION, Arithmetic, Ball, Step, length
-from mythos_core.study.peers import GRU
+from mythos_core.proof.invariant import invariant
+from mythos_core.study.peers import GRU, budgeted, count, fit
+from mythos_core.training.recipes import Recipe
 
 # above max |sigmoid'| = 1/4, |sigmoid''| = 0.0962.., |tanh'| = 1, |tanh''| = 0.7698..
 SIGMOID, TANH = (0.25, 0.0963), (1.0, 0.77)
@@ -73,3 +75,16 @@ class GRUCell:
         head = self.model.head
         chosen = head(h.x).argmax(-1)
         return chosen, self.maths.leads(h, head.weight, head.bias, chosen)
+
+
+def balls_row(recipe: Recipe, seed: int, device=None) -> dict:
+    """A GRU trained on the recipe's machine, to contract while its learning rate falls, and the
+    proof of its weights as trained."""
+    recipe = budgeted(recipe)
+    model, history = fit(GRU, recipe, seed, device)
+    found, asked = invariant(GRUCell(model), recipe.machine.minimal()), recipe.machine.minimal()
+    proved = found.closed and found.safety["logit"] > 1
+    return {"proved": proved, "reason": found.fault, "balls": len(found.codes),
+            "radius": found.radius, "same_machine": found.closed and found.machine() == asked,
+            "steps": len(history), "accuracy": history[-1]["accuracy"],
+            "parameters": count(model), "recipe": recipe.as_dict()}

@@ -7,6 +7,7 @@ import torch
 
 from mythos_core import study
 from mythos_core.study.exits import exits_row
+from mythos_core.study.gru import balls_row
 from mythos_core.study.parity import accuracy_row, experts_row, generation_row, reach_row
 from mythos_core.study.peers import peer_row
 from mythos_core.study.proofs import (
@@ -31,6 +32,7 @@ MEASURES: dict[str, Callable[..., dict]] = {
 #: What trains for itself, by (peer, recipe, seed, device): not ours, or not by its own recipe.
 ALONE: dict[str, Callable[..., dict]] = {
     "peers": peer_row, "looping": lambda peer, *rest: looping_row(*rest),
+    "gru_balls": lambda peer, *rest: balls_row(*rest),
     "reference": lambda peer, recipe, *rest: reference_row(peer, recipe.machine, *rest)}
 
 
