@@ -153,6 +153,20 @@ def safeties():
             f"{int(min(kinds['state']))} in the strict ones with codes")
 
 
+def contracting():
+    """Trainings of contracting models that ended proved, of all that were run."""
+    said = []
+    rows = study.load(study.RESULTS / "contracting.json")
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        of = [row for row in rows if row["variant"] == variant]
+        proved = [row for row in of if row["certificate"]["proved"]]
+        name = re.sub(r"contracting (machine )?(regex:)?", "", variant)
+        with_balls = (f" ({median(row['certificate']['codes'] for row in proved):.0f} balls, "
+                      f"{median(row['steps'] for row in proved):.0f} steps)" if proved else "")
+        said.append(f"{name} {len(proved)} of {len(of)}{with_balls}")
+    return "; ".join(said)
+
+
 def doubling_machines():
     """The same of the machines of which no model ships."""
     rows, said = study.load(study.RESULTS / "doubling.json"), {}
@@ -200,6 +214,7 @@ CLAIMS = {
     "proofs": proofs,
     "doubling": doubling,
     "doubling machines": doubling_machines,
+    "contracting": contracting,
     "doubling speed": doubling_speed,
     "safeties": safeties,
     "random machines": random_machines,

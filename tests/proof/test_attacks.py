@@ -152,15 +152,15 @@ def test_a_certificate_beside_weights_that_it_is_not_of_is_said(tmp_path):
     proof = certify(OpenMythos.from_pretrained("parity-extrapolating"), PARITY)
     proof.model.save_pretrained(tmp_path)
     file = tmp_path / "certificate.json"
-    file.write_text(json.dumps(proof.summary()))
+    file.write_text(json.dumps(proof.summary()), encoding="utf-8")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = OpenMythos.from_pretrained(tmp_path)
     with torch.no_grad():
         model.embed.weight[1, 0] += 1
     model.save_pretrained(tmp_path)
-    for text in (file.read_text(), "{}", "nonsense", "[1]"):
-        file.write_text(text)
+    for text in (file.read_text(encoding="utf-8"), "{}", "nonsense", "[1]"):
+        file.write_text(text, encoding="utf-8")
         with pytest.warns(UserWarning, match=r"certificate.json: is of other weights than those"):
             OpenMythos.from_pretrained(tmp_path)
 

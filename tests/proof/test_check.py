@@ -38,7 +38,7 @@ def folder(tmp_path):
     def make(name, tensors=None, certificate=None, config=None, digest=True):
         out = tmp_path / name
         shutil.copytree(PRETRAINED / name, out)
-        found = json.loads((out / "certificate.json").read_text())
+        found = json.loads((out / "certificate.json").read_text(encoding="utf-8"))
         if tensors is not None:
             weights = load_file(out / "model.safetensors")
             tensors(weights)
@@ -47,12 +47,12 @@ def folder(tmp_path):
                 found["weights"] = digest_of(weights)
         if certificate is not None:
             certificate(found)
-        (out / "certificate.json").write_text(json.dumps(found))
+        (out / "certificate.json").write_text(json.dumps(found), encoding="utf-8")
         if config is not None:                                   # in both: not by comparing them
-            values = json.loads((out / "config.json").read_text())
-            (out / "config.json").write_text(json.dumps(values | config))
+            values = json.loads((out / "config.json").read_text(encoding="utf-8"))
+            (out / "config.json").write_text(json.dumps(values | config), encoding="utf-8")
             found["config"] |= config
-            (out / "certificate.json").write_text(json.dumps(found))
+            (out / "certificate.json").write_text(json.dumps(found), encoding="utf-8")
         return out
     return make
 

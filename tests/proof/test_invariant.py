@@ -20,6 +20,11 @@ def shipped(name):
     return OpenMythos.from_pretrained(f"contracting-{name}")
 
 
+def beside(name):
+    file = PRETRAINED / f"contracting-{name}" / "certificate.json"
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
 @pytest.fixture(scope="module")
 def proofs():
     """Of two, once."""
@@ -32,7 +37,7 @@ def test_shipped_models_are_proved_again_and_say_so_beside_their_weights(name, p
     proof, asked = proofs[name], machine(name)
     assert proof.proved and proof.wrong == 0 and proof.machine == asked.minimal()
     assert proof.model.config.codes == 0 and proof.safety["state"] > 1.2
-    kept = json.loads((PRETRAINED / f"contracting-{name}" / "certificate.json").read_text())
+    kept = beside(name)
     assert kept["weights"] == proof.summary()["weights"] and kept["proved"]
     assert kept["codes"] == len(kept["table"]["centres"])
     # another processor finds other last digits of the centres, and may need a ball more or less
@@ -41,7 +46,7 @@ def test_shipped_models_are_proved_again_and_say_so_beside_their_weights(name, p
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_certificates_beside_shipped_weights_are_of_them(name):
-    kept = json.loads((PRETRAINED / f"contracting-{name}" / "certificate.json").read_text())
+    kept = beside(name)
     assert kept["proved"] and kept["machine"] == machine(name).minimal().as_dict()
     assert kept["asked"] == kept["machine"] and kept["safety"]["state"] > 1.2
 

@@ -74,9 +74,9 @@ def test_whole_strings_counts_strings_that_are_right_everywhere():
     assert parity.whole_strings(oracle, 20, 5, strings=4) == 3 / 4
 
 
-@pytest.fixture(params=["proofs", "doubling", "staircase", "machines", "far", "reach", "ablations",
-                        "exits", "experts", "generation", "states", "gru", "pace", "reference",
-                        "ladder", "peers", "looping"])
+@pytest.fixture(params=["proofs", "doubling", "contracting", "gru_balls", "staircase", "machines",
+                        "far", "reach", "ablations", "exits", "experts", "generation", "states",
+                        "gru", "pace", "reference", "ladder", "peers", "looping"])
 def committed(request):
     return study.load(study.RESULTS / f"{request.param}.json")
 
@@ -372,6 +372,18 @@ def test_doubling_models_that_ship_are_proved_on_every_seed():
     assert set(map(tuple, runs.values())) == {tuple(range(10))}
     assert ({variant for variant, arithmetic in runs if arithmetic != "native"}
             == {"doubling parity", "doubling S3"} and len(runs) == 9)
+
+
+def test_contracting_models_that_ship_are_proved_on_every_seed_and_no_run_is_left_out():
+    rows, runs = study.load(study.RESULTS / "contracting.json"), {}
+    for row in rows:
+        runs.setdefault(row["variant"].removeprefix("contracting machine "), []).append(row)
+        if row["certificate"]["proved"]:
+            assert row["same_machine"] and row["certificate"]["codes"] > 0
+            assert all(of["whole"] == of["strings"] for of in row["answered"].values())
+    assert all([row["seed"] for row in of] == list(range(len(of))) for of in runs.values())
+    for name in ("parity", "Z5", "S3", "addition"):
+        assert [row["certificate"]["proved"] for row in runs[name]] == [True] * 5
 
 
 def test_the_staircase_is_that_of_the_letters_that_have_been_read():
