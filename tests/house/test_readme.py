@@ -167,6 +167,14 @@ def contracting():
     return "; ".join(said)
 
 
+def grus():
+    """GRUs that were proved as trained, of all that were tried."""
+    said = {}
+    for row in study.load(study.RESULTS / "gru_balls.json"):
+        said.setdefault(row["variant"].rpartition(" ")[2], []).append(row["proved"])
+    return ", ".join(f"{name} {sum(proved)} of {len(proved)}" for name, proved in said.items())
+
+
 def doubling_machines():
     """The same of the machines of which no model ships."""
     rows, said = study.load(study.RESULTS / "doubling.json"), {}
@@ -215,6 +223,7 @@ CLAIMS = {
     "doubling": doubling,
     "doubling machines": doubling_machines,
     "contracting": contracting,
+    "GRUs": grus,
     "doubling speed": doubling_speed,
     "safeties": safeties,
     "random machines": random_machines,
