@@ -182,7 +182,8 @@ def certify(model: OpenMythos, machine: Machine,
 
 def automaton(model: OpenMythos, letters: int) -> Machine | None:
     """The minimal machine that a model with codes is, right or wrong, as read off its own answers;
-    None if its contexts, over `letters` letters, are too many to close. ValueError as `certify`."""
+    None if its contexts, over `letters` letters, are too many to close, or if arithmetic may choose
+    otherwise in one of them. ValueError as `certify`."""
     _check(model)
     if model.config.dilation > 1:
         raise ValueError(f"model.config.dilation = {model.config.dilation}: must be 1, "
@@ -192,8 +193,10 @@ def automaton(model: OpenMythos, letters: int) -> Machine | None:
     vocab = model.config.vocab_size
     if not 1 <= letters < vocab:
         raise ValueError(f"letters = {letters}: must be in 1 .. vocab_size - 1 = {vocab - 1}")
-    closure = Closure(with_codes(model, model.recurrent.codes), letters).run()
-    return closure.machine() if closure.closed else None
+    arithmetic = str(model.embed.weight.dtype).removeprefix("torch.")
+    closure = Closure(with_codes(model, model.recurrent.codes), letters, None, arithmetic).run()
+    safe = closure.closed and all(times > 1 for times in closure.safety.values())
+    return closure.machine() if safe else None
 
 
 def _check(model, machine=None):

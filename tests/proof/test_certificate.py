@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from small import strict_model
 
@@ -51,14 +51,16 @@ def test_the_machine_read_off_a_model_answers_as_the_model_does(seed, codes, **c
     changes["n_experts_per_tok"] = min(2, changes["n_experts"])
     model = coded(seed, codes, torch.float64, **changes)
     found = automaton(model, 2)
+    if codes > 1 and torch.pdist(model.recurrent.codes).min() < 1e-6:
+        assert found is None             # a code that is there twice: which one is chosen is open
+        return
     for ids in (*(every_string(2, n) for n in range(1, 9)), torch.randint(1, 3, (20, 60))):
         with torch.no_grad():
             assert torch.equal(model(ids).argmax(-1), found.answers(ids))
     proof = certify(model, found)
     assert proof.wrong == 0 and proof.machine == found and proof.closure.closed
-    # float64 is so fine that nothing is near a border, but where a code is there twice
-    if codes == 1 or torch.pdist(model.recurrent.codes).min() > 1e-6:
-        assert proof.proved and min(proof.safety.values()) > 100
+    # float64 is so fine that nothing is near a border
+    assert proof.proved and min(proof.safety.values()) > 100
 
 
 @settings(deadline=None, max_examples=25)
@@ -67,6 +69,7 @@ def test_a_model_that_is_wrong_in_one_transition_is_refused_with_the_shortest_st
         seed, state, letter):
     model = coded(seed, dtype=torch.float64)
     right = automaton(model, 2)
+    assume(right is not None)            # two codes are one
     answer = right.answer.clone()
     answer[state % len(right), letter] = 5 if answer[state % len(right), letter] != 5 else 4
     asked = Machine("another", right.next_state, answer)
@@ -209,7 +212,8 @@ def test_shipped_models_are_proved_again_and_say_so_beside_their_weights(name):
 
 def test_all_that_ships_is_proved_but_for_models_of_text_the_articles_and_the_one_with_the_carry():
     of_strings = {name for name in shipped() if not name.startswith("text-")}
-    assert of_strings == {*PROVED, *DOUBLING, "parity-seed", "parity-carrying"}
+    contracting = {f"contracting-{name}" for name in ("parity", "Z5", "S3", "addition")}
+    assert of_strings == {*PROVED, *DOUBLING, *contracting, "parity-seed", "parity-carrying"}
 
 
 @pytest.mark.parametrize("name", PROVED)

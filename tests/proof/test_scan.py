@@ -21,7 +21,7 @@ def shipped(name):
     return OpenMythos.from_pretrained(f"doubling-{name.removesuffix('-all')}")
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", SHIPPED[:-1])    # A5's takes seconds: test_certificate has it
 def test_the_shipped_models_are_proved(name):
     asked = machine(name)
     proof, n = certify(shipped(name), asked), len(asked.monoid())

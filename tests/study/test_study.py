@@ -103,7 +103,7 @@ def as_kept(recipe, kept):
 def trained(row):
     """The recipe of a row: its variant's, or what a peer makes of that."""
     recipe, peer = study.variant(row["variant"]), row.get("peer")
-    if peer in PEERS or row["measure"] == "gru_balls":
+    if peer in PEERS or row.get("measure") == "gru_balls":
         return budgeted(recipe)
     return TRAINED[peer](recipe.machine) if peer in TRAINED else recipe
 
