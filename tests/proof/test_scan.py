@@ -54,8 +54,9 @@ def test_the_shipped_models_are_right_on_long_strings_and_more_loops_change_noth
 
 def test_every_string_of_sixteen_bits():
     ids = torch.cartesian_prod(*[torch.tensor([1, 2])] * 16)
+    model = shipped("parity")
     with torch.no_grad():
-        answers = shipped("parity")(ids, 4).argmax(-1)
+        answers = torch.cat([model(part, 4).argmax(-1) for part in ids.split(1024)])
     assert torch.equal(answers, machine("parity").answers(ids))
 
 
