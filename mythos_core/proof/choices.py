@@ -43,6 +43,7 @@ class Judged:
     """
 
     def __init__(self, model: OpenMythos, arithmetic: str):
+        self.model, self.codes = model, model.recurrent.codes
         # on the CPU: not every device has float64
         self.judge = with_codes(model, model.recurrent.codes).cpu().double()
         self.arithmetic = arithmetic

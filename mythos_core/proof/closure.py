@@ -16,33 +16,20 @@ PART = 4096             # contexts of one pass
 Context = tuple[int | None, int]    # the code before, None at the start of a string; the letter
 
 
-class Closure:
+class Closure(Judged):
     """The contexts that strings lead to, met letter by letter, each with the state of the
     machine that is `asked` for, or of the task that no machine does."""
 
     def __init__(self, model: OpenMythos, letters: int, asked: Machine | Task | None = None,
                  arithmetic: str = "float32"):
-        self.model, self.letters, self.asked = model, letters, asked
-        self.judged = Judged(model, arithmetic)
-        self.codes = model.recurrent.codes
+        super().__init__(model, arithmetic)
+        self.letters, self.asked = letters, asked
         self.length, self.wrong, self.closed = 0, 0, False
         self.left_out = isinstance(asked, Machine) and bool((asked.answer == NOT_ASKED).any())
         self.follows: dict[Context, int] = {}                    # context -> code
         self.answers: dict[int, int] = {}                        # code -> token
         # a code before, the state of the machine there, and the letters that are read then
         self.seen: set[tuple[Context, Any]] = set()
-
-    @property
-    def margins(self) -> dict[str, float]:
-        return self.judged.margins
-
-    @property
-    def safety(self) -> dict[str, float]:
-        return self.judged.safety
-
-    @property
-    def branched(self) -> int:
-        return self.judged.branched
 
     @property
     def fault(self) -> str:
@@ -74,7 +61,7 @@ class Closure:
             self.length += bool(new)
         self.closed = not frontier and not self.wrong
         if self.closed:
-            self.judged.measure()
+            self.measure()
         return self
 
     def machine(self) -> Machine:
@@ -100,7 +87,7 @@ class Closure:
     def _evaluate(self, contexts):
         new = [context for context in contexts if context not in self.follows]
         for part in (new[i:i + PART] for i in range(0, len(new), PART)):
-            self.follows |= zip(part, self.judged.choose(advance, part))
+            self.follows |= zip(part, self.choose(advance, part))
         codes = sorted({self.follows[context] for context in new} - self.answers.keys())
         if codes:
-            self.answers |= zip(codes, self.judged.choose(decode, codes))
+            self.answers |= zip(codes, self.choose(decode, codes))

@@ -50,30 +50,17 @@ SEEN_LOOPS = 4          # loops of the strings whose states the codes are means 
 Operand = tuple[str, int]       # a letter or a code, ("letter", 0)
 
 
-class Scan:
+class Scan(Judged):
     """What a dilated model makes of letters and of codes, closed under the products of up to r of
     them, and whether that is what the monoid of the machine `asked` for says."""
 
     def __init__(self, model: OpenMythos, asked: Machine, arithmetic: str = "float32"):
-        self.model, self.asked, self.monoid = model, asked, asked.monoid()
-        self.judged = Judged(model, arithmetic)
-        self.codes = model.recurrent.codes
+        super().__init__(model, arithmetic)
+        self.asked, self.monoid = asked, asked.monoid()
         self.length, self.wrong, self.closed, self.left_out = 0, 0, False, False
         self.meaning: dict[int, int] = {}                        # code -> element
         self.follows: dict[tuple[Operand, ...], int] = {}        # operands, the latest last -> code
         self.answers: dict[int, int] = {}                        # code -> token
-
-    @property
-    def margins(self) -> dict[str, float]:
-        return self.judged.margins
-
-    @property
-    def safety(self) -> dict[str, float]:
-        return self.judged.safety
-
-    @property
-    def branched(self) -> int:
-        return self.judged.branched
 
     @property
     def fault(self) -> str:
@@ -110,7 +97,7 @@ class Scan:
             self._answer(sorted(prefixes))
         self.closed = not self.wrong
         if self.closed:
-            self.judged.measure()
+            self.measure()
         return self
 
     @torch.no_grad()
@@ -149,7 +136,7 @@ class Scan:
             new = [row for row in dict.fromkeys(rows)
                    if len(row) == size and row not in self.follows]
             for part in (new[i:i + PART] for i in range(0, len(new), PART)):
-                for row, code in zip(part, self.judged.choose(combine, part)):
+                for row, code in zip(part, self.choose(combine, part)):
                     self.follows[row] = code
                     self._means(code, self._element(row))
                     self.wrong += row[0][0] == "code" and size == 1 and row[0][1] != code
@@ -166,7 +153,7 @@ class Scan:
         self.wrong += self.meaning.setdefault(code, element) != element
 
     def _answer(self, codes: list[int]):
-        self.answers = dict(zip(codes, self.judged.choose(decode, codes)))
+        self.answers = dict(zip(codes, self.choose(decode, codes)))
         self.wrong += sum(answer != int(self.monoid.answer[self.meaning[code]])
                           for code, answer in self.answers.items())
 

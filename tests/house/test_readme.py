@@ -381,14 +381,15 @@ ARMS = {"unlooped": "3 blocks, no loop", "unlooped-deep": "12 blocks, no loop",
         "strict": "strict loop", "strict-carry": "strict loop with the carry"}
 
 
-def language_table():
-    """What docs/language.md quotes of the rows: bits per byte by loops, the mean of three seeds."""
-    rows = study.unpack(study.RESULTS / "language.json")
+def language_table(file="language.json", arms=ARMS):
+    """What docs/language.md quotes of rows: bits per byte by loops, the mean of three seeds."""
+    rows = study.unpack(study.RESULTS / file)
     shown = [1, 2, 4, 8, 16, 128]
     lines = [f"| model | {' | '.join(map(str, shown))} | seeds, at its best |",
              "|---" * (len(shown) + 2) + "|"]
-    for arm, name in ARMS.items():
+    for arm, name in arms.items():
         of = [row for row in rows if row["arm"] == arm]
+        assert len(of) == 3
         at = [mean(row["bits"][row["loops"].index(n)] for row in of) for n in shown]
         least, most = (f(row["best"] for row in of) for f in (min, max))
         cells = [name, *(f"{x:.3f}" for x in at), f"{least:.3f} to {most:.3f}"]
@@ -397,19 +398,9 @@ def language_table():
 
 
 def doubling_table():
-    """What docs/language.md quotes of the loop that doubles, and of the ordinary one beside it."""
-    rows = study.unpack(study.RESULTS / "language_doubling.json")
-    shown = [1, 2, 4, 8, 16, 128]
-    lines = [f"| model | {' | '.join(map(str, shown))} | seeds, at its best |",
-             "|---" * (len(shown) + 2) + "|"]
-    for arm, name in {"random-loops": ARMS["random-loops"], "doubling": "doubling loop"}.items():
-        of = [row for row in rows if row["arm"] == arm]
-        assert len(of) == 3
-        at = [mean(row["bits"][row["loops"].index(n)] for row in of) for n in shown]
-        least, most = (f(row["best"] for row in of) for f in (min, max))
-        cells = [name, *(f"{x:.3f}" for x in at), f"{least:.3f} to {most:.3f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    """The same of the loop that doubles, and of the ordinary one beside it."""
+    return language_table("language_doubling.json", {"random-loops": ARMS["random-loops"],
+                                                     "doubling": "doubling loop"})
 
 
 def test_the_loop_that_doubles_on_text_is_quoted():

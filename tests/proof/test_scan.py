@@ -117,7 +117,7 @@ def test_a_single_wrong_product_is_seen(monkeypatch):
     assert proved.closed
     for row in [(("code", 2), ("code", 3)), (("code", 4),), (("letter", 1), ("letter", 5))]:
         scan, right = Scan(model, asked), proved.follows[row]
-        choose = scan.judged.choose
+        choose = scan.choose
 
         def wrong(evaluate, part, row=row, right=right, choose=choose):
             chosen = choose(evaluate, part)
@@ -125,7 +125,7 @@ def test_a_single_wrong_product_is_seen(monkeypatch):
                 chosen[part.index(row)] = (right + 1) % 6
             return chosen
 
-        monkeypatch.setattr(scan.judged, "choose", wrong)
+        monkeypatch.setattr(scan, "choose", wrong)
         scan.run()
         assert not scan.closed and scan.wrong
 
@@ -168,7 +168,7 @@ def scan_of_a_model_that_multiplies(asked, r=2):
             return monoid.answer[part].tolist()
         return [scan._element(row) for row in part]
 
-    scan.judged.choose, scan.judged.measure = choose, lambda: None
+    scan.choose, scan.measure = choose, lambda: None
     for code in range(len(monoid)):
         scan.meaning[code] = code
     return scan.run()
