@@ -8,11 +8,9 @@ from collections.abc import Callable
 from itertools import product
 
 import torch
-from automata.base.exceptions import AutomatonException, RegexException
-from automata.fa.dfa import DFA
-from automata.fa.nfa import NFA
 
 from mythos_core.tasks.automaton import Machine, minimal
+from mythos_core.tasks.expressions import regular
 from mythos_core.tasks.groups import group
 
 # elements of a group that are all letters of its machine; of a larger one, its generators are
@@ -26,25 +24,6 @@ def tracking(name: str) -> Machine:
     tracked = group("Z2" if name == "parity" else name)
     letters = list(range(len(tracked))) if len(tracked) <= MOST_LETTERS else tracked.generators
     return Machine.from_table(tracked.table[:, letters], name=name)
-
-
-def regular(pattern: str) -> Machine:
-    """Whether the string so far is in the language of a regular expression: token 2, or 1 if not.
-    Letters are those of the pattern, in their order. Syntax: automata-lib's, with | * + ? & ^ {}
-    and brackets."""
-    try:
-        dfa = DFA.from_nfa(NFA.from_regex(pattern)).to_complete()
-    except (AutomatonException, RegexException) as error:
-        raise ValueError(f"regex = {pattern!r}: {error}") from error
-    symbols = sorted(dfa.input_symbols)
-    if not symbols:
-        raise ValueError(f"regex = {pattern!r}: must have a letter")
-
-    def moves(state):
-        next_states = [dfa.transitions[state][letter] for letter in symbols]
-        return [(after, 1 + (after in dfa.final_states)) for after in next_states]
-
-    return minimal(f"regex:{pattern}", dfa.initial_state, symbols, moves)
 
 
 def even_pairs() -> Machine:

@@ -1,8 +1,9 @@
 import re
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
+from automata.fa.nfa import NFA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -98,6 +99,27 @@ def test_a_groups_machine_answers_with_the_product(name, states, letters):
     (lambda: PARITY.answers(torch.tensor([[0, 1]])), "ids = 0 .. 1"),
     (lambda: machine("regex:(ab"), "regex = '(ab': "),
     (lambda: machine("regex:"), "regex = '': must have a letter"),
+    (lambda: machine("regex:a&b"), "regex = 'a&b': must have a letter"),
+    (lambda: machine("regex:(ab)*c$"), "regex = '(ab)*c$': must be without an anchor, such as '$'"),
+    (lambda: machine(r"regex:a\b"), r"must be without an anchor, such as '\\b' at 1"),
+    (lambda: machine("regex:^a"), "must have an expression on both sides of '^'"),
+    (lambda: machine("regex:(a&)b"), "must have an expression on both sides of '&'"),
+    (lambda: machine(r"regex:(a|b)\1"), r"must be without a reference to a group, such as '\\1'"),
+    (lambda: machine(r"regex:\x41"), r"must be without an escape, such as '\\x' at 0"),
+    (lambda: machine(r"regex:[a\x41]"), r"must be without an escape, such as '[a\\x' at 0"),
+    (lambda: machine("regex:a*?b"), "must be without a repeat that is not greedy, such as '*?'"),
+    (lambda: machine("regex:a{2}+b"), "must be without a possessive repeat, such as '{2}+'"),
+    (lambda: machine("regex:(?!a)b"), "must be without a look ahead or behind, such as '(?!'"),
+    (lambda: machine("regex:(?i)a"), "must be without an extension of groups, such as '(?i'"),
+    (lambda: machine("regex:a{2"), "must have a backslash before '{' at 1"),
+    (lambda: machine("regex:[^]a]"), "must have a backslash before '[' at 0"),
+    (lambda: machine("regex:a**"), "regex = 'a**': multiple repeat"),
+    (lambda: machine("regex:a{1000}"), "must have at most 500 states"),
+    (lambda: machine("regex:(a{30}){30}"), "must have at most 500 states"),
+    (lambda: machine("regex:(a|b)*a(a|b){17}"), "must have at most 500 states"),
+    (lambda: machine("regex:a{30}^b{30}"), "must have at most 500 states"),
+    (lambda: machine("regex:[!-\uffff]"), "20,000 states x letters: has at least 2 x 65,503"),
+    (lambda: machine("regex:" + "(" * 9 + "a*" + ")*" * 9), "must have at most 8 brackets"),
     (lambda: machine("divisible-by-0"), "machine = 'divisible-by-0': must be one of "),
     (lambda: Machine("x", PARITY.next_state, PARITY.answer - 3),
      "answer = -2: must be tokens, 0 or more, or -1 where nothing is asked"),
@@ -184,6 +206,68 @@ def test_a_named_machine_answers_as_its_task_is_defined(name):
             assert torch.equal(of.encode(text), torch.tensor([row]))
             assert said == [BY_HAND[name](text[:n]) for n in range(1, 13)], text
     assert of.minimal() == of
+
+
+@pytest.mark.parametrize("pattern, letters", [
+    ("(ab)*c", "abc"), ("a{2,3}b", "ab"), ("[a-c]+", "abc"), (r"\d\d", "0123456789"),
+    (r"a\.b", ".ab"), (r"[\]\\x]", r"\]x"), ("a b", " ab"), ("ba{0}c", "bc"), ("(ab){0,0}c", "c"),
+    ("(a|b)*&(b|c)*", "b"), ("(?:ab)*c", "abc"), ("[^a]b", "b"), ("([^a]|a)b", "ab"),
+    (r"(a|b)\D.", "ab"), ("éc", "cé")])
+def test_the_letters_of_a_regular_expression_are_those_of_its_language_in_order(pattern, letters):
+    assert machine(f"regex:{pattern}").symbols == tuple(letters)
+
+
+def language(of, longest):
+    """Of the strings of one letter or more, all that it answers with 2."""
+    return {"".join(string) for n in range(1, longest + 1)
+            for string in product(of.symbols, repeat=n)
+            if of.answers(of.encode(string))[0, -1] == 2}
+
+
+SIGNS = st.sampled_from(["a", "b", "[ab]", "()", "a{0}", "."])
+REPEATS = st.sampled_from(["*", "+", "?", "{0}", "{2}", "{,2}", "{1,}", "{0,0}", "{2,3}"])
+EXPRESSIONS = st.recursive(SIGNS, lambda part: st.one_of(
+    st.tuples(part, part).map("".join), st.tuples(part, part).map("({0[0]}|{0[1]})".format),
+    st.tuples(part, REPEATS).map("({0[0]}){0[1]}".format)), max_leaves=6)
+
+
+@settings(deadline=None, max_examples=60)
+@given(pattern=EXPRESSIONS)
+def test_a_regular_expression_means_what_it_does_in_python(pattern):
+    """With a and b besides, each of them a whole string."""
+    of = machine(f"regex:({pattern})|a|b")
+    assert language(of, 6) == {
+        text for n in range(1, 7) for text in map("".join, product("ab", repeat=n))
+        if re.fullmatch(f"({pattern})|a|b", text)}
+
+
+def test_both_and_the_shuffle_of_two_expressions():
+    assert language(machine("regex:(a|bb)*&(aa|b)*"), 4) == {
+        "aa", "bb", "aaaa", "aabb", "bbaa", "bbbb"}
+    assert language(machine("regex:ab^c"), 4) == {"abc", "acb", "cab"}
+    from_the_left = language(machine("regex:ab|c^d"), 4)
+    assert from_the_left == {"abd", "adb", "dab", "cd", "dc"}
+
+
+def test_a_library_of_another_mind_than_python_is_found_out(monkeypatch):
+    monkeypatch.setattr(NFA, "kleene_star", NFA.option)
+    with pytest.raises(ValueError, match=r"must mean the same .* 'aaa' is in one language"):
+        machine("regex:a*b|aa*")
+
+
+def test_python_is_not_asked_for_long():
+    """On five letters it would backtrack for hours."""
+    assert len(machine("regex:((((((a*)*)*)*)*)*)*b")) == 2
+
+
+def test_regular_expressions_that_models_were_trained_for_keep_their_machines():
+    for pattern, moves, answers in [
+            ("(ab)*c", [[1, 2, 2], [2, 0, 2], [2, 2, 2]], [[1, 1, 2], [1, 1, 1], [1, 1, 1]]),
+            ("(ab)*", [[1, 2], [2, 0], [2, 2]], [[1, 1], [1, 2], [1, 1]]),
+            ("(a|b)*abb", [[1, 0], [1, 2], [1, 0]], [[1, 1], [1, 1], [1, 2]]),
+            ("a*", [[0]], [[2]])]:
+        of = machine(f"regex:{pattern}")
+        assert (of.next_state.tolist(), of.answer.tolist(), of.start) == (moves, answers, 0)
 
 
 @pytest.mark.parametrize("name, base", [("addition", 2), ("decimal-addition", 10)])
