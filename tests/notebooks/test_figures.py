@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib.cbook import is_math_text
 from matplotlib.testing.compare import compare_images
 
 from mythos_core import OpenMythos, figures
@@ -96,6 +97,12 @@ def test_a_machine_is_drawn_with_its_letters_and_answers():
     plt.close(fig)
     fig = figures.draw_machine(machine("decimal-addition"))
     assert any("..." in text.get_text() for text in fig.axes[0].texts)
+    plt.close(fig)
+    fig = figures.draw_machine(machine(r"regex:(\$_\$)*"))          # $_$ is no formula
+    fig.canvas.draw()
+    shown = [*fig.axes[0].texts, fig.axes[0].title]
+    assert r"\$, _ / 1" in {text.get_text() for text in shown}
+    assert not any(is_math_text(text.get_text()) for text in shown)
     plt.close(fig)
 
 
