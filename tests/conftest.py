@@ -1,5 +1,7 @@
 """Shapes named in signatures are checked at run time, but in files that ask for
 `without_shape_checks`."""
+from contextlib import contextmanager
+
 import jaxtyping
 import pytest
 import torch
@@ -30,6 +32,22 @@ def without_shape_checks():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def full_disk():
+    """Within `full_disk(BYTES)` no file grows beyond so many, as on a disk that is full."""
+    resource = pytest.importorskip("resource")
+
+    @contextmanager
+    def full(most):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    return full
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,14 @@ from mythos_core.model.dilated import DilatedBlock
 from mythos_core.model.layers import NORM_EPS, RMSNorm, evaluated, known
 from mythos_core.model.loop import Observer, RecurrentBlock, TransformerBlock
 from mythos_core.model.strict import StrictBlock
-from mythos_core.model.weights import PRETRAINED, digest, load_weights, read_config, shipped
+from mythos_core.model.weights import (
+    PRETRAINED,
+    digest,
+    load_weights,
+    read_config,
+    save_weights,
+    shipped,
+)
 
 FILES = ["config.json", "model.safetensors"]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -211,6 +218,10 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
     def _check_length(self, name, length):
         most = self.config.max_seq_len
         _require(most is None or length <= most, name, length, f"at most max_seq_len = {most}")
+
+    def _save_pretrained(self, save_directory: Path):
+        """The weights' part of `save_pretrained`."""
+        save_weights(self, save_directory / "model.safetensors")
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # a name is not a keyword

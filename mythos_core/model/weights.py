@@ -2,7 +2,10 @@
 said by file, before anything of the size that it claims is built."""
 import hashlib
 import json
+import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -69,6 +72,38 @@ def load_weights(make: type[Model], config: MythosConfig, file: Path) -> Model:
         raise OSError(f"{file}: damaged, or not the weights of its config.json: "
                       f"{reason}") from error
     return model
+
+
+@contextmanager
+def whole(file: Path) -> Iterator[Path]:
+    """Where to write what is then to lie at `file`, beside it: so that `file` is all there, or as it
+    was before.
+
+    Raises:
+        OSError: naming the file that could not be written, and why.
+    """
+    beside = file.with_name(f"{file.name}.tmp")
+    try:
+        yield beside
+        os.replace(beside, file)
+    except (OSError, safetensors.SafetensorError) as error:     # a full disk has no name by itself
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"{file}: could not be written: {reason}") from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def save_weights(model: nn.Module, file: Path):
+    """Write what `load_weights` reads, for whom the umask lets read it.
+
+    Raises:
+        OSError: as `whole`.
+    """
+    with whole(file) as beside:
+        beside.touch()
+        mode = beside.stat().st_mode             # safetensors' own is for the owner alone
+        safetensors.torch.save_model(model, str(beside))
+        beside.chmod(mode)
 
 
 def digest(model: nn.Module) -> str:

@@ -1,5 +1,6 @@
 import json
 import os
+import stat
 import time
 import warnings
 from pathlib import Path
@@ -135,6 +136,13 @@ def test_a_hub_ids_options_reach_the_download(folder, monkeypatch):
                                              ["config.json", "model.safetensors"]})]
 
 
+def test_pickled_weights_are_not_read(folder):
+    """As SECURITY.md says: where there are no others, there are none."""
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors: missing"):
+        OpenMythos.from_pretrained(folder)
+
+
 def test_a_path_is_a_path_whatever_ships(folder, monkeypatch):
     folder.rename(folder.parent / "parity-seed")
     monkeypatch.chdir(folder.parent)
@@ -143,6 +151,25 @@ def test_a_path_is_a_path_whatever_ships(folder, monkeypatch):
     assert OpenMythos.from_pretrained("parity-seed").config != tiny()
     with pytest.raises(ValueError, match="'parity-carrying': must be a directory"):
         OpenMythos.from_pretrained(Path("parity-carrying"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="its files have no such modes")
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o007, 0o660)])
+def test_weights_are_for_whom_the_umask_lets_read_them(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        OpenMythos(tiny()).save_pretrained(tmp_path)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()} == {mode}
+
+
+def test_weights_that_do_not_fit_on_the_disk_leave_those_there_were(folder, full_disk):
+    before = (folder / "model.safetensors").read_bytes()
+    with full_disk(20_000), pytest.raises(OSError, match=r"model\.safetensors: could not be written"):
+        OpenMythos(tiny()).save_pretrained(folder)
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert not list(folder.glob("*.tmp"))
 
 
 def test_weights_of_a_lower_precision_are_read(folder):
