@@ -76,8 +76,7 @@ def load_weights(make: type[Model], config: MythosConfig, file: Path) -> Model:
 
 @contextmanager
 def whole(file: Path) -> Iterator[Path]:
-    """Where to write what is then to lie at `file`, beside it: so that `file` is all there, or as it
-    was before.
+    """Where to write, beside it, what is then to lie at `file`: which is all there, or as it was.
 
     Raises:
         OSError: naming the file that could not be written, and why.

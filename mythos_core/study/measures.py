@@ -67,7 +67,7 @@ def row_of(variant: str, seed: int, measure: str, *, steps: int | None = None,
         return ALONE[measure](peer, recipe, seed, device)
     run: Run | NotProved | SimpleNamespace
     try:
-        folder = runs and f"{runs}/{variant}, seed {seed}"
+        folder = f"{runs}/{variant}, seed {seed}" if runs else None
         run = (train_gru(recipe, seed, device) if measure == "gru"
                else train(recipe, seed, device, progress=False, out=folder, resume=True))
     except NotProved as failed:

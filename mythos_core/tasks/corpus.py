@@ -54,6 +54,15 @@ class Corpus:
         """The bytes of a split as uint8."""
         return torch.frombuffer(bytearray(getattr(self, split)), dtype=torch.uint8)
 
+    def require(self, split: str, seq_len: int):
+        """ValueError unless there is such a split, with a window of so many bytes and one more."""
+        if split not in SPLITS:
+            raise ValueError(f"strings = {split!r}: must be one of {SPLITS}")
+        size = len(getattr(self, split))
+        if size <= seq_len:
+            raise ValueError(f"corpus = {self.name!r}: its {split} split has {size:,} bytes: must "
+                             f"have at least {seq_len + 1:,}, a window and the byte behind it")
+
     def make_batch(self, batch: int, seq_len: int, generator: torch.Generator | None = None,
                    device=None, strings: str = "train"
                    ) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:

@@ -7,6 +7,7 @@
     python -m mythos_core.training --machine S3 --contracting --seed 0 --out build/contracting
 """
 import argparse
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,9 @@ import torch
 
 from mythos_core import figures
 from mythos_core.model.model import OpenMythos
+from mythos_core.model.weights import whole
 from mythos_core.tasks.machines import machine
+from mythos_core.training.folder import add_options, as_folder, require_free
 from mythos_core.training.recipes import (
     RECIPES,
     Recipe,
@@ -26,8 +29,11 @@ from mythos_core.training.recipes import (
 )
 from mythos_core.training.run import NotProved, Run
 from mythos_core.training.step import take_step
-from mythos_core.training.together import train_together
+from mythos_core.training.together import MOST_SEEDS, seed_folders, train_together
 from mythos_core.training.trainer import check, train
+
+EXITS = ("Exit codes: 0 trained, and proved where there is a machine; 2 refused, not proved, or "
+         "stopped by an error that is said; 130 stopped by Ctrl-C; 143 stopped by SIGTERM.")
 
 
 def pace(recipe: Recipe, device=None) -> float:
@@ -43,11 +49,17 @@ def pace(recipe: Recipe, device=None) -> float:
 
 def seeds(text: str) -> list[int]:
     """"3" is [3], and "0:8" is 0 to 7."""
-    first, _, end = text.partition(":")
-    numbers = list(range(int(first), int(end))) if end else [int(first)]
-    if not numbers:
-        raise argparse.ArgumentTypeError(f"{text}: must have a seed")
-    return numbers
+    first, colon, end = text.partition(":")
+    try:
+        begin = int(first)
+        behind = int(end) if colon else begin + 1
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: must be a number, or FIRST:END such as 0:8") from error
+    if not 1 <= behind - begin <= MOST_SEEDS:
+        raise argparse.ArgumentTypeError(f"{text!r}: has {max(0, behind - begin):,} seeds: must "
+                                         f"have 1 .. {MOST_SEEDS}")
+    return list(range(begin, behind))
 
 
 def report(run: Run, out: Path):
@@ -57,7 +69,8 @@ def report(run: Run, out: Path):
         proof = (f", proved by {run.certificate.contexts} contexts "
                  f"with {len(run.certificate.codes)} "
                  f"{'balls' if run.recipe.contraction else 'codes'}")
-        figures.draw_machine(run.certificate.machine).savefig(out / "automaton.png")
+        with whole(out / "automaton.png") as beside:
+            figures.draw_machine(run.certificate.machine).savefig(beside, format="png")
     elif run.certificate:
         proof, left = f", not proved: {run.certificate.reason}", "checkpoint"
     print(f"{run.recipe.name}, seed {run.seed}: loss {last['loss']:.5f}, "
@@ -66,7 +79,51 @@ def report(run: Run, out: Path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m mythos_core.training",
+    """Train what the command line asks for; ends as `EXITS` says."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        runs = _train(args)
+    except (ValueError, OSError, FloatingPointError, NotProved) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    except KeyboardInterrupt as stopped:
+        code = stopped.args[0] if stopped.args else 128 + signal.SIGINT
+        parser.exit(code, "\nstopped; go on with --resume\n")
+    failed = [run.seed for run in runs if run.certificate and not run.certificate.proved]
+    if failed:
+        parser.exit(2, f"{parser.prog}: not proved: seeds {failed}\n")
+
+
+def _train(args) -> list[Run]:
+    """The runs that are asked for, each reported."""
+    recipe, one = _recipe(args), len(args.seed) == 1
+    check(recipe, args.seed[0], args.device)
+    folders = [as_folder(args.out)] if one else seed_folders(args.out, args.seed)
+    for folder in folders:
+        require_free(folder, args.resume, args.overwrite)
+    seconds = pace(recipe, args.device)
+    if recipe.config.dilation > 1:
+        elements = len(recipe.machine.monoid())
+        print(f"{recipe.name}: {elements:,} elements, {elements ** 2 + elements:,} products")
+    print(f"{recipe.name}: at most {recipe.steps:,} steps, which take "
+          f"{recipe.steps * seconds / 60:.1f} minutes here for one seed")
+    how = dict(device=args.device, out=args.out, resume=args.resume, overwrite=args.overwrite)
+    runs = [train(recipe, *args.seed, **how)] if one else train_together(recipe, args.seed, **how)
+    for run, folder in zip(runs, folders):
+        report(run, folder)
+    return runs
+
+
+def _recipe(args) -> Recipe:
+    """The recipe that is asked for."""
+    make = (doubling_recipe if args.doubling else
+            contracting_recipe if args.contracting else recipe_for)
+    recipe = get_recipe(args.recipe) if args.recipe else make(machine(args.machine))
+    return recipe if args.steps is None else replace(recipe, steps=args.steps)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m mythos_core.training", epilog=EXITS,
                                      description="Train a recipe from scratch.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--recipe", help=f"one of {sorted(RECIPES)}")
@@ -80,40 +137,14 @@ def main(argv=None):
                       help="train a strict loop for --machine that is proved without rounding")
     parser.add_argument("--seed", type=seeds, default=[0], metavar="SEED",
                         help="a number; or of a machine's recipe FIRST:END, trained together, each "
-                             "into its own folder of --out")
+                             f"into its own folder of --out, at most {MOST_SEEDS}")
     parser.add_argument("--steps", type=int, help="instead of the recipe's own number")
-    parser.add_argument("--device")
+    parser.add_argument("--device", help="to train on, such as cuda; default the CPU")
     parser.add_argument("--out", required=True,
                         help="folder for checkpoint, weights, history, certificate and the "
                              "picture of the automaton")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    args = parser.parse_args(argv)
-    try:
-        make = (doubling_recipe if args.doubling else
-                contracting_recipe if args.contracting else recipe_for)
-        recipe = get_recipe(args.recipe) if args.recipe else make(machine(args.machine))
-        recipe = replace(recipe, **({} if args.steps is None else {"steps": args.steps}))
-        check(recipe, args.seed[0], args.device)
-        seconds = pace(recipe, args.device)
-        if recipe.config.dilation > 1:
-            elements = len(recipe.machine.monoid())
-            print(f"{recipe.name}: {elements:,} elements, {elements ** 2 + elements:,} products")
-        print(f"{recipe.name}: at most {recipe.steps:,} steps, which take "
-              f"{recipe.steps * seconds / 60:.1f} minutes here for one seed")
-        how = dict(device=args.device, out=args.out, resume=args.resume)
-        if len(args.seed) == 1:
-            report(train(recipe, *args.seed, **how), Path(args.out))
-            return
-        runs = train_together(recipe, args.seed, **how)
-    except (ValueError, OSError, FloatingPointError, NotProved) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, f"\nstopped; go on with --resume (checkpoint in {args.out})\n")
-    for run in runs:
-        report(run, Path(args.out, f"seed-{run.seed}"))
-    failed = [run.seed for run in runs if not run.certificate.proved]
-    if failed:
-        parser.exit(2, f"{parser.prog}: not proved: seeds {failed}\n")
+    add_options(parser)
+    return parser
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ class Run:
     positions of the batch), seconds since the start, and at every 50th step and the last
     `router_bias` and `held_out`: whole-string accuracy on 256 fresh uniform strings of the longest
     length at the most loops, or of a recipe with a corpus bits per byte on 64 of its validation
-    windows; at attempts at a proof `proved`.
+    windows; at attempts at a proof `proved`; where a resumed run was given more steps, in the last
+    row before, `recipe_steps`: as many as there were to be until then.
 
     Of a recipe with a machine, `certificate` is the proof, and `model` the one that it is about,
     its states rounded to codes.

@@ -16,15 +16,18 @@ from tqdm.auto import tqdm
 
 from mythos_core.training import trainer
 from mythos_core.training.checkpoint import save, whole_steps
+from mythos_core.training.folder import as_folder, claimed
 from mythos_core.training.losses import center_loss, mean_loss, move_weights, numbered
 from mythos_core.training.recipes import Recipe, get_recipe
 from mythos_core.training.run import NotProved, Run, falling, finished
 from mythos_core.training.schedule import draw
 from mythos_core.training.step import begin_step, disturbance, end_step, settled
 
+MOST_SEEDS = 256    # at once: their parameters are all in memory
+
 
 def train_together(recipe: Recipe | str, seeds: Sequence[int], device=None, progress: bool = True,
-                   out=None, resume: bool = False) -> list[Run]:
+                   out=None, resume: bool = False, overwrite: bool = False) -> list[Run]:
     """`train` by a machine's recipe with each of the seeds: the same steps to rounding, which adds
     up over a training.
 
@@ -34,20 +37,22 @@ def train_together(recipe: Recipe | str, seeds: Sequence[int], device=None, prog
     Args:
         out: folder; what `train` writes of a seed is in its folder "seed-SEED".
         resume: go on from the checkpoints there.
+        overwrite: remove first what other runs left in the folders of these seeds.
 
     Returns:
         The runs, in the order of `seeds`. One that is not proved in the recipe's steps is no error
         here: its certificate says what stands against it.
 
     Raises:
-        ValueError: no seeds, one twice, checkpoints of unfinished seeds after different steps, a
-            recipe whose loop is not a machine's, settled, without dropout and balancing; and as
-            `train`, like FloatingPointError, KeyboardInterrupt and OSError.
+        ValueError: no seeds, more than `MOST_SEEDS`, one twice, checkpoints of unfinished seeds
+            after different steps, a recipe whose loop is not a machine's, settled, without dropout
+            and balancing; and as `train`, like FloatingPointError, KeyboardInterrupt and OSError.
     """
     recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
     _check(recipe, seeds, device)
-    checkpoints = [Path(out, f"seed-{seed}", "checkpoint.pt") if out else None for seed in seeds]
-    with torch.random.fork_rng():
+    folders = [] if out is None else seed_folders(out, seeds)
+    checkpoints = [folder / "checkpoint.pt" for folder in folders] or [None] * len(seeds)
+    with claimed(folders, resume, overwrite), torch.random.fork_rng():
         started = [trainer.begin(recipe, seed, device, checkpoint, resume)
                    for seed, checkpoint in zip(seeds, checkpoints)]
         stack = [(*both, checkpoint) for both, checkpoint in zip(started, checkpoints)]
@@ -56,7 +61,15 @@ def train_together(recipe: Recipe | str, seeds: Sequence[int], device=None, prog
     return [run for run, _ in started]
 
 
+def seed_folders(out, seeds: Sequence[int]) -> list[Path]:
+    """The folder of each seed; ValueError where `out` is empty."""
+    return [as_folder(out) / f"seed-{seed}" for seed in seeds]
+
+
 def _check(recipe: Recipe, seeds, device):
+    if len(seeds) > MOST_SEEDS:
+        raise ValueError(f"seeds = {seeds[0]}, {seeds[1]}, ...: are {len(seeds):,}; must be at "
+                         f"most {MOST_SEEDS}")
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds = {seeds}: must be at least one, each once")
     for seed in seeds:
@@ -92,7 +105,7 @@ def _loop(recipe: Recipe, stack: list[tuple], progress: bool, stopped: list):
             if stopped or rows[0]["step"] % trainer.SAVE_EVERY == trainer.SAVE_EVERY - 1:
                 _save(stack)
             if stopped and stack:
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt(128 + stopped[0])
             proof = [said["proof"] for said in shown if "proof" in said] or [""]
             bar.set_postfix(loss=f"{max(row['loss'] for row in rows):.4f}", proof=proof[0],
                             finished=seeds - len(stack), refresh=False)

@@ -14,9 +14,11 @@ import torch
 from tqdm.auto import tqdm
 
 from mythos_core.model.model import OpenMythos
+from mythos_core.model.weights import whole
 from mythos_core.proof.certificate import certify
 from mythos_core.provenance import commit
 from mythos_core.training.checkpoint import load, save, whole_steps
+from mythos_core.training.folder import as_folder, claimed
 from mythos_core.training.recipes import RECIPES, Recipe, get_recipe
 from mythos_core.training.run import NotProved, Run, finished
 from mythos_core.training.schedule import CERTIFY_EVERY, fall
@@ -27,7 +29,7 @@ EVAL_EVERY = 50     # steps between looks at held-out strings
 
 
 def train(recipe: Recipe | str, seed: int = 0, device=None, progress: bool = True, out=None,
-          resume: bool = False) -> Run:
+          resume: bool = False, overwrite: bool = False) -> Run:
     """Train a model by a recipe, or by the name of one.
 
     All randomness of step i comes from (seed, i), so that a resumed run is the
@@ -36,21 +38,35 @@ def train(recipe: Recipe | str, seed: int = 0, device=None, progress: bool = Tru
     Args:
         out: folder for checkpoint.pt (every 100 steps, at Ctrl-C and SIGTERM, at the end), and at
             the end for the model, as `save_pretrained` writes it, history.json, and of a
-            proved model certificate.json.
-        resume: go on from `out`'s checkpoint, if there is one.
+            proved model certificate.json. While the training runs, the lock on its training.lock
+            keeps others out.
+        resume: go on from `out`'s checkpoint, if there is one. It may be of fewer steps, if those
+            taken are such as the recipe's more steps can follow.
+        overwrite: remove first what another run left in `out`, the files in `folder.FILES`.
 
     Raises:
         FloatingPointError: the loss is not finite; names the step, and
             the last good checkpoint stays.
-        KeyboardInterrupt: at Ctrl-C and SIGTERM, after the step that they came in.
+        KeyboardInterrupt: at Ctrl-C and SIGTERM, after the step that they came in, with the exit
+            code: 130 or 143.
         NotProved: the recipe's steps are over before the certificate holds; the checkpoint stays.
-        OSError: naming a checkpoint that is damaged, or an `out` that cannot be a folder.
-        ValueError: unknown recipe or device, no steps, no seed, or a checkpoint of another
-            recipe or seed.
+        OSError: naming a checkpoint that is damaged, a file that cannot be written, or an `out`
+            that cannot be a folder, or that another training writes to.
+        ValueError: unknown recipe or device, no steps, no seed, a corpus too short for the
+            recipe's windows, an `out` that has a run's files, or a checkpoint of another recipe or
+            seed.
     """
     recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
     check(recipe, seed, device)
-    checkpoint = Path(out) / "checkpoint.pt" if out else None
+    folder = None if out is None else as_folder(out)
+    with claimed([folder] if folder else [], resume, overwrite):
+        return train_claimed(recipe, seed, device, progress, folder, resume)
+
+
+def train_claimed(recipe: Recipe, seed: int, device=None, progress: bool = True,
+                  out: Path | None = None, resume: bool = False) -> Run:
+    """`train` by a recipe that is checked, into a folder that is `claimed`."""
+    checkpoint = out and out / "checkpoint.pt"
     with torch.random.fork_rng():
         run, optimizer = begin(recipe, seed, device, checkpoint, resume)
         with whole_steps(checkpoint) as stopped:
@@ -61,8 +77,6 @@ def train(recipe: Recipe | str, seed: int = 0, device=None, progress: bool = Tru
 
 def begin(recipe: Recipe, seed: int, device, checkpoint: Path | None, resume: bool):
     """A run before its first step, or where its checkpoint is, and its optimiser."""
-    if checkpoint:
-        checkpoint.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     run = Run(recipe, seed, OpenMythos(recipe.config).to(device))
     optimizer = torch.optim.AdamW(run.model.parameters(), recipe.lr, recipe.betas,
@@ -84,10 +98,15 @@ def end(run: Run, optimizer, checkpoint: Path | None):
     out = checkpoint.parent
     run.model.save_pretrained(out, config={**vars(run.model.config),
                                            "provenance": provenance(run)})
-    Path(out, "history.json").write_text(json.dumps(run.history), encoding="utf-8")
+    write(out / "history.json", json.dumps(run.history))
     if run.certificate:
-        Path(out, "certificate.json").write_text(
-            json.dumps(run.certificate.summary()) + "\n", encoding="utf-8")
+        write(out / "certificate.json", json.dumps(run.certificate.summary()) + "\n")
+
+
+def write(file: Path, text: str):
+    """Write a file of text, as `whole` does."""
+    with whole(file) as beside:
+        beside.write_text(text, encoding="utf-8")
 
 
 def check(recipe: Recipe, seed: int, device):
@@ -97,11 +116,16 @@ def check(recipe: Recipe, seed: int, device):
             raise ValueError(f"{name} = {value}: must be at least 1")
     if not 0 <= seed < 2 ** 32:
         raise ValueError(f"seed = {seed}: must be in 0 .. 2^32 - 1")
+    if recipe.corpus is not None:
+        for split in (recipe.strings, "validation"):
+            recipe.corpus.require(split, recipe.lengths[1])
     try:
-        torch.empty(0, device=device)
+        meta = torch.empty(0, device=device).is_meta
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"device = {device!r}: not one that can be used here: {reason}") from error
+    if meta:
+        raise ValueError(f"device = {device!r}: must be one that holds numbers")
 
 
 def _conclude(run: Run):
@@ -132,20 +156,28 @@ def _train_alone(recipe: Recipe | str, seed: int, device) -> bytes:
 
 
 def provenance(run: Run) -> dict:
-    """Where a model comes from: the command that trains it again, the commit it was
+    """Where a model comes from: the commands that train it again, the commit it was
     trained at, and what it reached."""
-    recipe, name = run.recipe, shlex.quote(run.recipe.name)
-    what = (f"training --recipe {name}" if recipe.name in RECIPES
-            else f"study.language --arm {name} --corpus {shlex.quote(recipe.corpus.name)} "
-                 f"--dim {recipe.config.dim} --steps {recipe.steps}" if recipe.corpus is not None
-            else f"training --doubling --machine {shlex.quote(recipe.machine.name)}"
-            if recipe.config.dilation > 1 else f"training --machine {name}")
+    given = [row["recipe_steps"] for row in run.history if "recipe_steps" in row]
     return {
-        "command": f"python -m mythos_core.{what} --seed {run.seed} --out DIR",
+        "command": "; ".join(f"{_command(run)} --steps {steps} --out DIR{' --resume' * (i > 0)}"
+                             for i, steps in enumerate([*given, run.recipe.steps])),
         "recipe": run.recipe.as_dict() | {"config": "the fields beside this one"},
         "seed": run.seed, "commit": commit(), "torch": torch.__version__,
         "metrics": {"steps": len(run.history)} | {
             name: run.history[-1][name] for name in ("loss", "accuracy", "held_out")}}
+
+
+def _command(run: Run) -> str:
+    """What trains the run's recipe, but for its steps and its folder."""
+    recipe, name = run.recipe, shlex.quote(run.recipe.name)
+    kind = ("--doubling " if recipe.config.dilation > 1 else
+            "--contracting " if recipe.contraction else "")
+    what = (f"training --recipe {name}" if recipe.name in RECIPES
+            else f"study.language --arm {name} --corpus {shlex.quote(recipe.corpus.name)} "
+                 f"--dim {recipe.config.dim}" if recipe.corpus is not None
+            else f"training {kind}--machine {shlex.quote(recipe.machine.name)}")
+    return f"python -m mythos_core.{what} --seed {run.seed}"
 
 
 def _loop(run: Run, optimizer, checkpoint, progress, stopped):
@@ -163,7 +195,7 @@ def _loop(run: Run, optimizer, checkpoint, progress, stopped):
             if checkpoint and (stopped or (step + 1) % SAVE_EVERY == 0):
                 save(checkpoint, run, optimizer)
             if stopped:
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt(128 + stopped[0])
 
 
 def note(run: Run, row: dict, start: float) -> dict[str, str]:

@@ -139,16 +139,20 @@ def test_the_command_trains_several_seeds(tmp_path, capsys):
     for seed in (2, 3):
         assert f"parity, seed {seed}: loss " in said.out and ", not proved: " in said.out
         assert (tmp_path / f"seed-{seed}" / "checkpoint.pt").exists()
-    for bad in ("4:4", "a"):
+    for bad, named in {"4:4": "has 0 seeds: must have 1 .. 256", "a": "'a': must be a number, or",
+                       "0:": "'0:': must be a number, or FIRST:END", ":8": "':8': must be a number",
+                       "0:2000000000": "has 2,000,000,000 seeds: must have 1 .. 256"}.items():
         with pytest.raises(SystemExit) as ended:
             main(["--machine", "parity", "--seed", bad, "--out", str(tmp_path / "none")])
-        assert ended.value.code == 2 and "--seed" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and "--seed" in said and named in said
     assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("recipe, given, named", [
     ("parity-extrapolating", [], "seeds = []"), ("parity-extrapolating", [1, 1], "seeds = [1, 1]"),
     ("parity-extrapolating", [0, -1], "seed = -1"),
+    ("parity-extrapolating", range(2 * 10 ** 9), "seeds = 0, 1, ...: are 2,000,000,000; must be"),
     ("parity-seed", [0, 1], "recipe 'parity-seed': must have a machine"),
     *((recipe_for(machine("parity"), **{name: 0.1}), [0], f"{name} = 0.1")
       for name in ("config.dropout", "config.balance_rate", "config.balance_loss"))])

@@ -23,7 +23,14 @@ from mythos_core.training.losses import (
     ponder,
     spread_ratio,
 )
-from mythos_core.training.recipes import RECIPES, Recipe, get_recipe, recipe_for
+from mythos_core.training.recipes import (
+    RECIPES,
+    Recipe,
+    contracting_recipe,
+    doubling_recipe,
+    get_recipe,
+    recipe_for,
+)
 from mythos_core.training.run import finished
 from mythos_core.training.schedule import draw, fall, learning_rate
 from mythos_core.training.step import held_out
@@ -119,7 +126,8 @@ def test_a_second_signal_does_not_wait_and_saves_no_half_of_a_step(tmp_path, at_
     (dict(steps=0), {}, "steps = 0: must be at least 1"),
     (dict(steps=-5), {}, "steps = -5: must be at least 1"), (dict(batch=0), {}, "batch = 0"),
     ({}, dict(seed=-1), "seed = -1: must be in 0"), ({}, dict(seed=2 ** 70), "seed = 11805"),
-    ({}, dict(device="gpu"), "device = 'gpu'"), ({}, dict(device="cpu:x"), "device = 'cpu:x'")])
+    ({}, dict(device="gpu"), "device = 'gpu'"), ({}, dict(device="cpu:x"), "device = 'cpu:x'"),
+    ({}, dict(device="meta"), "device = 'meta': must be one that holds numbers")])
 def test_what_no_training_could_begin_with_is_refused_by_name(tmp_path, changes, arguments, named):
     with pytest.raises(ValueError, match=named):
         train(replace(SHORT, **changes), progress=False, out=tmp_path / "new", **arguments)
@@ -239,12 +247,31 @@ def test_the_command_refuses_bad_arguments_by_name(tmp_path, capsys, arguments, 
     assert stop.value.code == 2 and named in capsys.readouterr().err
 
 
-def test_the_command_saves_when_it_is_told_to_stop(tmp_path, capsys, at_step):
-    at_step(3, lambda: signal.raise_signal(signal.SIGTERM))
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_command_saves_when_it_is_told_to_stop(tmp_path, capsys, at_step, number, code):
+    at_step(3, lambda: signal.raise_signal(number))
     with pytest.raises(SystemExit) as stop:
         main(["--recipe", "parity-carrying", "--out", str(tmp_path)])
-    assert stop.value.code == 130 and "go on with --resume" in capsys.readouterr().err
+    assert stop.value.code == code and "go on with --resume" in capsys.readouterr().err
     assert len(torch.load(tmp_path / "checkpoint.pt")["history"]) == 4
+
+
+def test_the_help_says_the_exit_codes(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert all(code in said for code in ("0 trained", "2 refused", "130 stopped", "143 stopped"))
+
+
+@pytest.mark.parametrize("recipe, options", [
+    (recipe_for(machine("even-pairs")), ""),
+    (doubling_recipe(machine("even-pairs")), "--doubling "),
+    (contracting_recipe(machine("even-pairs")), "--contracting ")])
+def test_a_model_says_the_command_that_trains_it_again(recipe, options):
+    row = {"loss": 0.0, "accuracy": 1.0, "held_out": 1.0}
+    said = trainer.provenance(Run(replace(recipe, steps=7), 3, None, [row]))["command"]
+    assert said == (f"python -m mythos_core.training {options}--machine even-pairs --seed 3 "
+                    "--steps 7 --out DIR")
 
 
 def test_the_ponder_cost_is_the_loops_taken_and_the_weight_of_the_last():
