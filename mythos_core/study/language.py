@@ -10,6 +10,7 @@ import copy
 import json
 import platform
 import shlex
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -23,9 +24,13 @@ from mythos_core.probes import multiply_adds
 from mythos_core.provenance import commit
 from mythos_core.study.on_text import CONTEXT, LOOPS, measures
 from mythos_core.tasks.corpus import Corpus, load_corpus
-from mythos_core.training import Run, train
+from mythos_core.training import Run
+from mythos_core.training.folder import add_options, as_folder, claimed, require_free
 from mythos_core.training.recipes import Recipe
-from mythos_core.training.trainer import EVAL_EVERY, provenance
+from mythos_core.training.trainer import EVAL_EVERY, check, provenance, train_claimed, write
+
+EXITS = ("Exit codes: 0 trained and measured; 2 refused, or stopped by an error that is said; "
+         "130 stopped by Ctrl-C; 143 stopped by SIGTERM.")
 
 #: What each arm changes: in the recipe, and by "config." in the model. But for the last one all
 #: have the same parameters, within 1 %.
@@ -122,38 +127,59 @@ def _change(text: str) -> tuple[str, Any]:
 
 
 def main(argv=None):
-    """Train one arm, write its model, its row and its checkpoint below --out."""
-    parser = argparse.ArgumentParser(prog="python -m mythos_core.study.language",
-                                     description="Train and measure one arm on text.")
-    parser.add_argument("--arm", required=True, help=f"one of {sorted(ARMS)}")
-    parser.add_argument("--corpus", default="topics",
-                        help="topics, stdlib, tinystories, or a file or folder")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dim", type=int, default=128, help="a multiple of 64")
-    parser.add_argument("--steps", type=int, default=700)
-    parser.add_argument("--set", type=_change, action="append", default=[], metavar="NAME=JSON",
-                        help="a field of the recipe, or config.FIELD of the model")
-    parser.add_argument("--windows", type=int, help="of the test split, at most; default all")
-    parser.add_argument("--device")
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--resume", action="store_true")
+    """Train one arm, write its model, its row and its checkpoint below --out; ends as `EXITS`
+    says."""
+    parser = _parser()
     args = parser.parse_args(argv)
+    command = f"{parser.prog} {shlex.join(sys.argv[1:] if argv is None else argv)}"
     try:
-        corpus = load_corpus(args.corpus)
-        print(f"Python {platform.python_version()}, corpus {corpus.as_dict()}")
-        recipe = language_recipe(args.arm, corpus, args.dim, args.steps, **dict(args.set))
-        run = train(recipe, args.seed, args.device, out=args.out, resume=args.resume)
+        _train(args, command)
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, f"\nstopped; go on with --resume (checkpoint in {args.out})\n")
-    command = f"{parser.prog} {shlex.join(sys.argv[1:] if argv is None else argv)}"
-    row = result(run, write_bfloat16(run, Path(args.out, "bfloat16")), command, args.windows)
-    Path(args.out, "row.json").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    except KeyboardInterrupt as stopped:
+        code = stopped.args[0] if stopped.args else 128 + signal.SIGINT
+        parser.exit(code, "\nstopped; go on with --resume\n")
+
+
+def _train(args, command: str):
+    """The run that is asked for, measured and written; its folder stays its own until then."""
+    out = as_folder(args.out)
+    require_free(out, args.resume, args.overwrite)
+    if args.windows is not None and args.windows < 1:
+        raise ValueError(f"windows = {args.windows}: must be at least 1")
+    corpus = load_corpus(args.corpus)
+    print(f"Python {platform.python_version()}, corpus {corpus.as_dict()}")
+    recipe = language_recipe(args.arm, corpus, args.dim, args.steps, **dict(args.set))
+    check(recipe, args.seed, args.device)
+    corpus.require("test", CONTEXT)
+    with claimed([out], args.resume, args.overwrite):
+        run = train_claimed(recipe, args.seed, args.device, out=out, resume=args.resume)
+        row = result(run, write_bfloat16(run, out / "bfloat16"), command, args.windows)
+        write(out / "row.json", json.dumps(row) + "\n")
     by_loops = ", ".join(f"{n}: {x:.3f}" for n, x in zip(row["loops"], row["bits"]))
     print(f"{args.arm}, seed {args.seed}: {row['parameters']:,} parameters, "
           f"{row['multiply_adds']:,.0f} multiplications a byte, {row['seconds']:.0f} s; "
           f"bits per byte by loops {by_loops}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m mythos_core.study.language", epilog=EXITS,
+                                     description="Train and measure one arm on text.")
+    add = parser.add_argument
+    add("--arm", required=True, help=f"one of {sorted(ARMS)}")
+    add("--corpus", default="topics",
+        help="topics, stdlib, tinystories, or a file or folder; default topics")
+    add("--seed", type=int, default=0, help="of weights and batches; default 0")
+    add("--dim", type=int, default=128, help="channels, a multiple of 64; default 128")
+    add("--steps", type=int, default=700, help="of the training; default 700")
+    add("--set", type=_change, action="append", default=[], metavar="NAME=JSON",
+        help="a field of the recipe, or config.FIELD of the model; may be given again")
+    add("--windows", type=int, help="of the test split, at most; default all")
+    add("--device", help="to train and measure on, such as cuda; default the CPU")
+    add("--out", required=True, help="folder for checkpoint, weights, history, the weights in "
+                                     "bfloat16 and row.json")
+    add_options(parser)
+    return parser
 
 
 if __name__ == "__main__":

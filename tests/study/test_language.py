@@ -203,11 +203,55 @@ def test_a_run_leaves_its_row_and_the_model_that_the_row_is_about(arm, folder, c
     (["--arm", "looped"], "arm = 'looped': must be one of"),
     (["--arm", "strict", "--dim", "96"], "dim = 96: must be a multiple of 64"),
     (["--arm", "strict", "--corpus", "nowhere"], "corpus = 'nowhere': must be one of"),
-    (["--arm", "strict", "--set", "speed=2"], "speed")])
-def test_what_no_run_can_begin_with_is_named(option, said, folder, capsys):
+    (["--arm", "strict", "--set", "speed=2"], "speed"),
+    (["--arm", "strict", "--windows", "0"], "windows = 0: must be at least 1"),
+    (["--arm", "strict", "--out", ""], "out = '': must be a folder"),
+    (["--arm", "strict", "--set", "lengths=[9,90000]"], "its train split has"),
+    (["--arm", "strict", "--set", 'strings="all"'], "strings = 'all': must be one of")])
+def test_what_no_run_can_begin_with_is_named(option, said, folder, capsys, monkeypatch):
+    monkeypatch.setattr(language, "train_claimed", lambda *args, **how: pytest.fail("it trained"))
     with pytest.raises(SystemExit) as ended:
         main(["--corpus", str(folder / "texts"), "--out", str(folder / "out"), *option])
     assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_a_split_shorter_than_a_window_and_a_byte_is_refused(split, folder, capsys, monkeypatch):
+    """Before the training, which would not look at the test split."""
+    monkeypatch.setattr(language, "train_claimed", lambda *args, **how: pytest.fail("it trained"))
+    long = dict.fromkeys(("train", "validation", "test"), b"x" * 200)
+    monkeypatch.setattr(language, "load_corpus",
+                        lambda name: Corpus("short", **long | {split: b"x" * 128}))
+    with pytest.raises(SystemExit) as ended:
+        main(["--arm", "strict", "--out", str(folder / "out")])
+    said = f"its {split} split has 128 bytes: must have at least 129"
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+    assert not (folder / "out").exists()
+
+
+def test_an_older_row_is_in_the_way(folder, capsys, monkeypatch):
+    monkeypatch.setattr(language, "load_corpus", lambda name: pytest.fail("it was read"))
+    (folder / "row.json").write_text("old", encoding="utf-8")
+    with pytest.raises(SystemExit) as ended:
+        main(["--arm", "strict", "--out", str(folder)])
+    assert ended.value.code == 2 and "has row.json of another run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stopped, code", [((), 130), ((143,), 143)])
+def test_a_stopped_run_has_its_signal_s_exit_code(folder, capsys, monkeypatch, stopped, code):
+    def stop(*args, **how):
+        raise KeyboardInterrupt(*stopped)
+    monkeypatch.setattr(language, "train_claimed", stop)
+    monkeypatch.setattr(language, "load_corpus", lambda name: CORPUS)
+    monkeypatch.setattr(language, "CONTEXT", 16)
+    with pytest.raises(SystemExit) as ended:
+        main(["--arm", "strict", "--out", str(folder / "out")])
+    assert ended.value.code == code and "go on with --resume" in capsys.readouterr().err
+
+
+def test_the_help_has_a_word_on_every_option():
+    options = language._parser()._actions
+    assert [option.dest for option in options if not option.help] == []
 
 
 def test_a_byte_is_of_one_kind_or_of_none():
