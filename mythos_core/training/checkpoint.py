@@ -111,7 +111,7 @@ def _compare(checkpoint: Path, saved: str, recipe) -> int:
     differ = [name for name in {**old, **new} if old.get(name, ABSENT) != new.get(name, ABSENT)]
     if differ and not (differ == ["steps"] and fewer):
         said = [", not ".join(reprlib.repr(fields.get(name, ABSENT)) for fields in (old, new))
-                for name in differ]
+                for name in (differ if old.get("name") == new["name"] else ["name"])]
         raise ValueError(f"{checkpoint} is of another recipe: "
                          f"{'; '.join(map(' = '.join, zip(differ, said)))}: {ELSE}")
     return steps

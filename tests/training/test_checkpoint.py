@@ -78,6 +78,11 @@ def test_of_another_recipe_the_fields_that_differ_are_said_and_no_others(tmp_pat
     assert said.startswith("lr = 0.002, not 0.5; config.loop_noise = 0.3, not 0.25: must be")
 
 
+def test_of_one_of_another_name_the_name_is_enough(tmp_path, saved):
+    with pytest.raises(ValueError, match=r"recipe: name = 'parity-carrying', not 'state-S3': must"):
+        train("state-S3", 1, progress=False, out=with_checkpoint(tmp_path, saved), resume=True)
+
+
 def unproved(recipe, **how):
     with pytest.raises(NotProved) as ended:
         train(recipe, 0, progress=False, **how)
