@@ -5,11 +5,11 @@
 The pages have no script and ask no other machine for anything: TeX becomes MathML here, pictures
 are files beside them.
 """
+import argparse
 import json
 import pkgutil
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import nbformat
@@ -30,6 +30,8 @@ DOCS = ("glossary", "claims", "use", "batches", "bench", "language", "peers", "r
 SOURCES = [ROOT / "README.md", *sorted(ROOT.glob("notebooks/*.ipynb")),
            *(ROOT / "docs" / f"{name}.md" for name in DOCS)]
 PAGES = {path.name: "index" if path.stem == "README" else path.stem for path in SOURCES}
+#: In the folder of a site; without it nothing is removed there.
+MARK = ".made-by-site-build"
 
 
 class Renderer(IPythonRenderer):
@@ -111,7 +113,21 @@ def describe(name, notebook):
     return {"name": name, "title": re.match(r"# (.*)", text)[1], "description": words(opening[1])}
 
 
-def main(out):
+def clear(out):
+    """Make the folder empty but for MARK; ValueError for one that has anything in it and is no
+    earlier site."""
+    if (out / MARK).is_file():
+        shutil.rmtree(out)
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"OUT {str(out)!r}: must be a new or empty folder, or one that an earlier "
+                         f"build made, which has a file {MARK}")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARK).touch()
+
+
+def build(out):
+    """Write the site to a folder; ValueError if there is something else in it."""
+    clear(out)
     notebooks = {PAGES[path.name]: read(path) for path in SOURCES}
     pages = [describe(name, notebook) for name, notebook in notebooks.items()]
     kinds = ["text/html", "image/png", "text/plain"]  # no widget: it needs a kernel
@@ -120,7 +136,6 @@ def main(out):
                             preprocessors=[CoalesceStreamsPreprocessor],
                             exclude_input_prompt=True, exclude_output_prompt=True,
                             config=Config(NbConvertBase={"display_data_priority": kinds}))
-    shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(ROOT / "figures", out / "figures",
                     ignore=shutil.ignore_patterns("*.json", "*.py", "__pycache__"))
     shutil.copy(HERE / "style.css", out)
@@ -141,5 +156,15 @@ def main(out):
           "MB")
 
 
+def main():
+    parser = argparse.ArgumentParser(description="Build the site. What an earlier build left in "
+                                                 "OUT is removed first.")
+    parser.add_argument("out", metavar="OUT", type=Path, help="a new or empty folder, or a site's")
+    try:
+        build(parser.parse_args().out.resolve())
+    except ValueError as error:
+        parser.error(str(error))
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()
