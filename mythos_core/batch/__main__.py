@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mythos_core.batch.cluster import work
 from mythos_core.batch.grid import parse_grid
-from mythos_core.batch.plan import Job, plan, state
+from mythos_core.batch.plan import Job, check_out, is_ours, plan, state
 from mythos_core.batch.record import read
 from mythos_core.batch.report import publish, report, reported
 from mythos_core.batch.run import sweep
@@ -18,10 +18,10 @@ from mythos_core.batch.run import sweep
 def batch(args) -> int:
     """What the command line asks for; the exit code."""
     _check(args)
-    out = args.out.resolve()
-    jobs = plan([notebook.resolve() for notebook in args.notebooks], parse_grid(args.grid), out,
-                _threads(args), args.timeout)
-    states = {job.folder.name: state(job) for job in jobs}
+    out, notebooks = args.out.resolve(), [notebook.resolve() for notebook in args.notebooks]
+    check_out(out, notebooks)
+    jobs = plan(notebooks, parse_grid(args.grid), out, _threads(args), args.timeout)
+    states = {job.folder.name: "asked for" if args.force else state(job) for job in jobs}
     print("; ".join(f"{count} {status}" for status, count in Counter(states.values()).items()))
     if args.dry_run:
         print("\n".join(f"{name}: {status}" for name, status in states.items()))
@@ -38,12 +38,24 @@ def _check(args):
     """ValueError for options that cannot be had, or not together."""
     if args.workers < 1:
         raise ValueError(f"--workers {args.workers}: must be at least 1")
+    if args.retries < 0:
+        raise ValueError(f"--retries {args.retries}: must be at least 0")
     if args.timeout is not None and args.timeout < 1:
         raise ValueError(f"--timeout {args.timeout}: must be at least 1 second")
     if args.publish and args.grid:
         raise ValueError("--publish takes no --grid")
     if args.slurm and not shutil.which("sbatch"):
         raise ValueError("--slurm: there is no sbatch here")
+
+
+def _report(folders: list[Path]) -> int:
+    """The report of the folder that is named; ValueError if it is none of a batch's runs."""
+    if len(folders) != 1:
+        raise ValueError(f"report takes one folder, not {len(folders)}")
+    out = folders[0].resolve()
+    if not is_ours(out):
+        raise ValueError(f"report {out}: there are no runs in this folder")
+    return report(out) or 0
 
 
 def _threads(args) -> int:
@@ -74,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         if str(args.notebooks[0]) == "report":
-            return report(args.notebooks[-1].resolve()) or 0
+            return _report(args.notebooks[1:])
         return batch(args)
     except (ValueError, TypeError, OSError, ImportError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
@@ -91,7 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     add("notebooks", nargs="+", type=Path)
     add("--grid", action="append", default=[], metavar="NAME=VALUES",
         help="A,B,... or FIRST:END or @FILE.json:KEY.KEY; may be given again")
-    add("--out", type=Path, default=Path("build/batch"), help="folder of the runs")
+    add("--out", type=Path, default=Path("build/batch"),
+        help="folder of the runs: new, empty, or of a batch before")
     add("--workers", type=int, default=1,
         help="runs at a time; each gets OMP_NUM_THREADS threads, or its share of the cores")
     add("--scheduler", metavar="ADDRESS",
@@ -101,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--timeout", type=int, metavar="SECONDS",
         help="for all cells of a run together; one that is not finished then has failed")
     add("--retries", type=int, default=0, help="times that a failing notebook is tried again")
+    add("--force", action="store_true", help="run again also what is up to date")
     add("--dashboard", action="store_true", help="print the address of dask's dashboard")
     add("--dry-run", action="store_true", help="list the runs and what there is of them")
     add("--publish", action="store_true",

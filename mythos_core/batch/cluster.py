@@ -2,6 +2,7 @@
 import os
 import queue
 import signal
+import sys
 import time
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,8 @@ from tqdm.auto import tqdm
 
 from mythos_core.batch.plan import Job
 from mythos_core.batch.run import THREADS, beside, keep, look, run, stop, sweep
+
+LOOPBACK = "127.0.0.1"      # where no other machine reaches
 
 
 def work(todo: list[Job], args, out: Path):
@@ -25,7 +28,7 @@ def work(todo: list[Job], args, out: Path):
                 raise ValueError("workers must have one thread each (dask worker --nthreads 1): "
                                  "papermill is not safe in threads")
         if args.dashboard:
-            print(f"dashboard: {client.dashboard_link}")
+            print(f"dashboard: {_dashboard(client, args)}")
         follow(todo, client, args.retries)
     finally:
         finish(client, out)
@@ -33,32 +36,53 @@ def work(todo: list[Job], args, out: Path):
 
 def connect(args):
     """A dask client with the workers asked for; None: one run after the other in this process,
-    which needs no dask."""
+    which needs no dask. ImportError, with what to install, if something is missing.
+
+    What is started here takes orders by TLS alone, with certificates that nobody else has: dask's
+    plain ports would do for every user of the machine what they are told.
+    """
     if args.workers == 1 and not (args.scheduler or args.slurm or args.dashboard):
         return None
     try:
-        from distributed import Client
-        if args.scheduler or args.slurm:
-            cluster = args.scheduler or slurm_cluster(args.slurm, args.dashboard)
-            return Client(cluster, timeout=20)
+        if args.dashboard and not args.scheduler:
+            import bokeh  # noqa: F401      # without it dask's page only asks for it
+        return _client(args)
     except ImportError as error:
-        raise ImportError(f"{error}; to run on more than one worker: "
-                          "pip install dask distributed dask-jobqueue") from error
+        raise ImportError(f"{error}; to run on more than one worker, or to see a dashboard: pip "
+                          "install dask distributed dask-jobqueue cryptography bokeh") from error
+
+
+def _client(args):
+    from distributed import Client
+    if args.scheduler or args.slurm:
+        cluster = args.scheduler or slurm_cluster(args.slurm, args.out, args.dashboard)
+        return Client(cluster, timeout=20)
     # Ctrl-C reaches every process of a terminal; this one alone answers.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     ignoring = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
-    client = Client(n_workers=args.workers, threads_per_worker=1, memory_limit=0, silence_logs=50,
-                    dashboard_address=":0" if args.dashboard else None, preload=[ignoring])
-    signal.signal(signal.SIGINT, handler)
-    return client
+    try:
+        return Client(n_workers=args.workers, threads_per_worker=1, memory_limit=0,
+                      silence_logs=50, security=True, preload=[ignoring],
+                      dashboard_address=f"{LOOPBACK}:0" if args.dashboard else None)
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
-def slurm_cluster(text: str, dashboard: bool = False):
+def _dashboard(client, args) -> str:
+    """The dashboard's address; dask names the scheduler's host, also where it is on loopback."""
+    if args.scheduler:
+        return client.dashboard_link
+    return f"http://{LOOPBACK}:{client.scheduler_info()['services']['dashboard']}/status"
+
+
+def slurm_cluster(text: str, out: Path, dashboard: bool = False):
     """A dask_jobqueue.SLURMCluster of "partition=gpu,cores=8,memory=32GB,jobs=20": a job runs one
     notebook at a time on all its cores, or `processes` of them. What it has no name for here, such
-    as gres=gpu:1, becomes a line "#SBATCH --gres=gpu:1" of the job."""
+    as gres=gpu:1, becomes a line "#SBATCH --gres=gpu:1" of the job. The workers' certificates are
+    in `out` while the cluster is there, to be read by this user alone."""
     from dask_jobqueue import SLURMCluster
     options = dict(item.partition("=")[::2] for item in text.split(","))
+    out.mkdir(parents=True, exist_ok=True)
     jobs, cores, processes = (int(options.pop(name, 1)) for name in ("jobs", "cores", "processes"))
     return SLURMCluster(
         n_workers=jobs * processes, cores=cores, processes=processes,
@@ -66,7 +90,8 @@ def slurm_cluster(text: str, dashboard: bool = False):
         walltime=options.pop("time", None), worker_extra_args=["--nthreads", "1"],
         job_extra_directives=[f"--{name}={value}" for name, value in options.items()],
         job_script_prologue=[f"export {name}={cores // processes}" for name in THREADS],
-        scheduler_options={"dashboard_address": ":0" if dashboard else None})
+        security=True, shared_temp_directory=str(out.resolve()),
+        scheduler_options={"dashboard": dashboard, "dashboard_address": f"{LOOPBACK}:0"})
 
 
 def follow(jobs: list[Job], client, retries: int):
@@ -78,7 +103,8 @@ def follow(jobs: list[Job], client, retries: int):
     """
     waiting, running, done = deque(jobs), {}, queue.SimpleQueue()
     tries, failed, executor = Counter(), 0, ThreadPoolExecutor(1)
-    with tqdm(total=len(jobs), unit="run", smoothing=0) as bar:
+    # None: a bar on a terminal, and in a log a line for each run
+    with tqdm(total=len(jobs), unit="run", smoothing=0, disable=None) as bar:
         while waiting or running:
             workers = len(client.nthreads()) if client else 1
             while waiting and len(running) < workers:
@@ -96,6 +122,10 @@ def follow(jobs: list[Job], client, retries: int):
                 waiting.extend([job] if retrying else [])
                 failed += failing and not retrying
                 bar.update(not retrying)
+                if bar.disable and not retrying:
+                    finished = len(jobs) - len(waiting) - len(running)
+                    print(f"{finished}/{len(jobs)} runs, {failed} failed: {job.folder.name}",
+                          file=sys.stderr, flush=True)
         bar.set_postfix_str(f"{failed} failed")
 
 

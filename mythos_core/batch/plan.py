@@ -37,6 +37,25 @@ def _hash(*parts: bytes) -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:8]
 
 
+def is_ours(out: Path) -> bool:
+    """Whether a folder has a batch's runs in it, whole or under way, or its workers' keys."""
+    return any(next(out.glob(pattern), None) for pattern in
+               ("*-" + 8 * "[0-9a-f]" + "/result.json", "*@*@*.partial", ".dask-jobqueue.*"))
+
+
+def check_out(out: Path, notebooks: list[Path]):
+    """ValueError for a folder where a batch would replace what is not its own."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: must be a folder")
+    if out.exists() and any(out.iterdir()) and not is_ours(out):
+        raise ValueError(f"--out {out}: must be a new or empty folder, or one of a batch's runs; "
+                         "this one has other files in it")
+    for notebook in notebooks:
+        if out in notebook.parents:
+            raise ValueError(f"--out {out}: must not have the notebook {notebook} in it, since a "
+                             "batch replaces files there")
+
+
 def plan(notebooks: list[Path], grid: list[dict], out: Path, threads: int,
          timeout: int | None = None) -> list[Job]:
     """All runs, checked before any starts. ValueError for a notebook that cannot be run, and for

@@ -6,10 +6,14 @@ import os
 import re
 import shlex
 import signal
+import socket
+import ssl
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
+from urllib.request import urlopen
 
 import dask
 import nbformat
@@ -127,6 +131,7 @@ def test_a_command_is_read_as_it_is_written(tmp_path, good):
                           (["--grid", "seed=2:2"], "not empty"),
                           (["--grid", "seed=1,1"], "is there twice"),
                           (["--workers", "0"], "--workers 0"), (["--timeout", "0"], "--timeout 0"),
+                          (["--retries", "-1"], "--retries -1: must be at least 0"),
                           (["missing.ipynb"], "missing.ipynb"),
                           (["--publish", "--grid", "seed=1"], "--publish takes no --grid"),
                           (["--slurm", "cores=1,memory=1GB"], "no sbatch"),
@@ -145,6 +150,49 @@ def test_more_workers_need_dask_and_one_does_not(tmp_path, good, no_report, caps
         main([good, "--workers", "2", "--out", str(tmp_path / "out")])
     assert stop.value.code == 2 and "pip install dask distributed" in capsys.readouterr().err
     assert main([good, "--out", str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.parametrize("missing, options", [("cryptography", ["--workers", "2"]),
+                                              ("bokeh", ["--dashboard"])])
+def test_what_dask_needs_besides_is_asked_for(
+        tmp_path, good, capsys, monkeypatch, missing, options):
+    monkeypatch.setitem(sys.modules, missing, None)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as stop:
+        main([good, *options, "--out", str(tmp_path / "out")])
+    assert (stop.value.code == 2 and missing in (error := capsys.readouterr().err)
+            and "pip install dask distributed dask-jobqueue cryptography bokeh" in error)
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def contents(folder):
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+def test_a_folder_with_other_files_in_it_is_left_as_it_is(
+        tmp_path, good, no_report, capsys, monkeypatch):
+    mine, file = tmp_path / "mine", tmp_path / "file"
+    (mine / "deeper").mkdir(parents=True)
+    file.touch()
+    notebook = write(mine / "notebook.ipynb", ("1 + 1",))
+    (mine / "index.html").write_text("my page", encoding="utf-8")
+    before = contents(mine)
+    monkeypatch.chdir(mine)
+    for command in ([notebook, "--out", "."], [good, "--out", "."], [good, "--out", str(file)],
+                    [good, "--out", ".", "--dry-run"], ["report", "."], ["report", "deeper"],
+                    ["report", "nowhere"], ["report"], ["report", ".", "."]):
+        with pytest.raises(SystemExit) as stop:
+            main(command)
+        assert stop.value.code == 2
+        assert re.search("--out .*: must be a|report .*: there are no runs|report takes one",
+                         capsys.readouterr().err)
+    assert contents(mine) == before
+    (mine / "index.html").unlink()
+    assert main([good, "--out", str(mine / "deeper")]) == 0     # it is empty
+    with pytest.raises(SystemExit):                             # a batch's, and above a notebook
+        main([str(next((mine / "deeper").glob("*/notebook.ipynb"))), "--out",
+              str(mine / "deeper")])
+    assert "must not have the notebook" in capsys.readouterr().err
 
 
 # Notebooks as they come
@@ -471,6 +519,25 @@ def test_what_a_system_without_proc_and_process_groups_can_do(tmp_path, monkeypa
         until(lambda: not any(map(alive, family)), 10)
 
 
+def test_a_log_has_a_line_for_each_run_and_no_more(tmp_path, no_report, capsys):
+    notebook = write(tmp_path / "n.ipynb", ("seed = 0", "parameters"),
+                     ("import time\ntime.sleep(2.5)\nassert seed",))
+    assert main([notebook, "--grid", "seed=0,1", "--out", str(tmp_path / "out")]) == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("1/2 runs, 1 failed: n-seed=0-")
+    assert second.startswith("2/2 runs, 1 failed: n-seed=1-")
+
+
+def test_what_is_up_to_date_is_run_again_if_that_is_asked_for(tmp_path, good, no_report, capsys):
+    command = [good, "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    result = next((tmp_path / "out").glob("*/result.json"))
+    before = result.stat().st_mtime_ns
+    assert main(command) == 0 and result.stat().st_mtime_ns == before
+    assert main([*command, "--force"]) == 0 and result.stat().st_mtime_ns > before
+    assert "1 asked for\n" in capsys.readouterr().out
+
+
 # Stopped and gone on with
 
 def test_when_nothing_is_to_be_done_neither_workers_nor_a_report_are_started(
@@ -563,6 +630,34 @@ def test_a_batch_told_to_stop_leaves_no_kernel_no_worker_and_no_partial_folder(
     assert all(read(out / name)["status"] == "passed" for name in folders(out))
 
 
+# Other users of this machine
+
+def test_workers_take_orders_by_tls_alone_and_nothing_listens_beyond_this_machine():
+    from distributed import Client
+    client = workers.connect(Namespace(workers=2, scheduler=None, slurm=None, dashboard=True))
+    try:
+        address = client.scheduler.address
+        assert address.startswith("tls://127.0.0.1:")
+        with pytest.raises(OSError):
+            Client(address.replace("tls://", "tcp://"), timeout=3)
+        host, port = address.removeprefix("tls://").split(":")
+        stranger = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        stranger.check_hostname, stranger.verify_mode = False, ssl.CERT_NONE
+        with (socket.create_connection((host, int(port)), timeout=10) as plain,
+              pytest.raises((ssl.SSLError, ConnectionError)),
+              stranger.wrap_socket(plain) as encrypted):
+            encrypted.recv(1)       # with TLS 1.3 a missing certificate is told only here
+        family = [psutil.Process(), *psutil.Process().children(recursive=True)]
+        listening = {connection.laddr.ip for process in family
+                     for connection in process.net_connections() if connection.status == "LISTEN"}
+        assert listening == {"127.0.0.1"}
+        page = workers._dashboard(client, Namespace(scheduler=None))
+        with urlopen(page, timeout=20) as answer:
+            assert "Dask" in answer.read().decode()
+    finally:
+        client.close()
+
+
 # Other machines
 
 def address(file):
@@ -639,16 +734,19 @@ def test_a_worker_that_does_not_see_the_folder_says_so(tmp_path):
         running.look(tmp_path / "elsewhere", planning.core_hash())
 
 
-def test_the_job_script_of_slurm():
+def test_the_job_script_of_slurm(tmp_path):
     asked = "partition=gpu,cores=8,memory=32GB,jobs=0,gres=gpu:1,time=01:00:00"
-    with workers.slurm_cluster(asked) as made:
+    with workers.slurm_cluster(asked, tmp_path / "out") as made:
         script = made.job_script()
         for line in ("#SBATCH --partition=gpu", "#SBATCH --cpus-per-task=8", "#SBATCH --mem=30G",
                      "#SBATCH --gres=gpu:1", "#SBATCH -t 01:00:00", "export OMP_NUM_THREADS=8"):
             assert line in script.splitlines(), script
-        assert re.search(rf"{sys.executable} -m distributed.cli.dask_worker tcp://.* --nthreads 1$",
-                         script, re.M)
-    with workers.slurm_cluster("cores=8,memory=32GB,processes=4,jobs=0") as made:
+        assert f"{sys.executable} -m distributed.cli.dask_worker tls://" in script
+        assert " --nthreads 1 " in script
+        key, = re.findall(r"--tls-key (\S+)", script)      # of workers, and of this user alone
+        assert Path(key).parent == tmp_path / "out" and Path(key).stat().st_mode & 0o77 == 0
+        assert made.scheduler.http_server.address == "127.0.0.1"
+    with workers.slurm_cluster("cores=8,memory=32GB,processes=4,jobs=0", tmp_path) as made:
         assert ("export OMP_NUM_THREADS=2" in made.job_script()
                 and "--nworkers 4" in made.job_script())
 

@@ -1,4 +1,4 @@
-"""The site's builder removes nothing that it did not make. What it makes, tests/browser looks at."""
+"""The builder of the site removes only what it made. What it makes, tests/browser looks at."""
 import importlib.util
 import sys
 from pathlib import Path
