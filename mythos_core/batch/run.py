@@ -14,6 +14,8 @@ from typing import Any
 import nbformat
 import papermill
 import psutil
+from ipykernel.kernelspec import get_kernel_dict
+from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import CellTimeoutError
 from papermill.translators import PythonTranslator, papermill_translators
@@ -103,6 +105,8 @@ def _kernel_manager(job: Job, log) -> Any:
 
     class Manager(AsyncKernelManager):
         peak = None
+        # of this Python, whose versions are recorded, whatever "python3" is registered elsewhere
+        kernel_spec = KernelSpec(**get_kernel_dict())
 
         async def start_kernel(self, **options):
             await super().start_kernel(stdout=log, stderr=log, env=environment, **options)
@@ -172,9 +176,9 @@ def keep(job: Job, partial: Path, error: BaseException | None, **measured) -> di
 
 
 def _error_line(error: BaseException) -> str:
-    """One line of what was raised, in a cell or outside."""
+    """The first line with something in it of what was raised, in a cell or outside."""
     kind, text = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", error)
-    return f"{kind}: {text}".strip().splitlines()[0]
+    return f"{kind}: {str(text).strip()}".splitlines()[0].strip()
 
 
 def stop(out: Path):
