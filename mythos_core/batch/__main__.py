@@ -102,7 +102,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("notebooks", nargs="+", type=Path)
     add("--grid", action="append", default=[], metavar="NAME=VALUES",
-        help="A,B,... or FIRST:END or @FILE.json:KEY.KEY; may be given again")
+        help="A,B,... or FIRST:END or @FILE.json:KEY.KEY, or @FILE.json in place of NAME=VALUES: a "
+             "list of sets of parameters; may be given again")
     add("--out", type=Path, default=Path("build/batch"),
         help="folder of the runs: new, empty, or of a batch before")
     add("--workers", type=int, default=1,
