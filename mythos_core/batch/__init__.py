@@ -6,7 +6,7 @@ machine or on a cluster.
 
 A run is one notebook with one set of parameters. Its folder in DIR appears whole or not at all:
 notebook.ipynb as executed, stdout.txt of its cells, log.txt of its kernel, result.json. A run that
-passed, with the same notebook and the same core, is not run again.
+passed, with the same notebook, modules beside it and core, is not run again.
 """
 from mythos_core.batch.record import read, results
 

@@ -1,6 +1,7 @@
 """A notebook before it runs: what it is, and the parameters that it takes."""
 import ast
 import math
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -47,10 +48,83 @@ def parameters_of(notebook: nbformat.NotebookNode) -> dict[str, tuple]:
 
 
 def _parameters_cell(notebook: nbformat.NotebookNode) -> ast.Module:
-    """The first cell tagged `parameters`, IPython's magics made calls."""
-    from IPython.core.inputtransformer2 import TransformerManager
+    """The first cell tagged `parameters`."""
     cells = (c.source for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
-    return ast.parse(TransformerManager().transform_cell(next(cells, "")))
+    return _parsed(next(cells, ""))
+
+
+def _parsed(source: str) -> ast.Module:
+    """A cell's code, IPython's magics made calls."""
+    from IPython.core.inputtransformer2 import TransformerManager
+    return ast.parse(TransformerManager().transform_cell(source))
+
+
+def check_derived(given: Collection[str], notebook: nbformat.NotebookNode, path: Path):
+    """ValueError if the parameters cell computes another name from one that is given: the cell
+    runs before the given values are put in place, so that name would keep the default's value."""
+    stale = dict.fromkeys(given, "")
+    for statement in _parameters_cell(notebook).body:
+        stored = _assigned(statement) - set(given)
+        if _read(statement) & set(stale):
+            stale |= dict.fromkeys(stored, ast.unparse(statement).splitlines()[0])
+        elif isinstance(statement, (ast.Assign, ast.AnnAssign)):
+            stale = {name: source for name, source in stale.items() if name not in stored}
+    if name := next((name for name in stale if name not in given), None):
+        raise ValueError(f"--grid {', '.join(given)}: the parameters cell of {path.name} computes "
+                         f"{name} from the defaults ({stale[name]}), so it would not follow; "
+                         f"compute {name} in a later cell, or give it too")
+
+
+def _assigned(statement: ast.stmt) -> set[str]:
+    """The names that a statement binds, or whose items or attributes it sets."""
+    if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return {statement.name}
+    parts = list(ast.walk(statement))
+    of_comprehensions = {node for part in parts if isinstance(part, ast.comprehension)
+                         for node in ast.walk(part.target)}
+    targets = [part for part in parts if isinstance(getattr(part, "ctx", None), ast.Store)
+               and part not in of_comprehensions]
+    return {root.id for root in map(_root, targets) if isinstance(root, ast.Name)}
+
+
+def _root(target: ast.AST) -> ast.AST:
+    """d of d["k"].x, which is what an assignment to that changes."""
+    while isinstance(target, (ast.Subscript, ast.Attribute)):
+        target = target.value
+    return target
+
+
+def _read(node: ast.AST) -> set[str]:
+    """The names that a statement reads as it runs; the body of a function reads later."""
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+        return _read(node.args)
+    here = {node.id} if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) else set()
+    return here.union(*map(_read, ast.iter_child_nodes(node)))
+
+
+def modules_of(notebook: nbformat.NotebookNode, folder: Path) -> list[Path]:
+    """The Python files in the notebook's folder that its cells import, and those that they do."""
+    cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    waiting, found = set().union(*map(_imported, cells)), set()
+    while waiting:
+        name = waiting.pop()
+        for file in {folder / f"{name}.py", *(folder / name).rglob("*.py")} - found:
+            if file.is_file():
+                found.add(file)
+                waiting |= _imported(file.read_text(encoding="utf-8", errors="replace"))
+    return sorted(found)
+
+
+def _imported(source: str) -> set[str]:
+    """First parts of the modules that code imports; none of code that is not Python's."""
+    with suppress(SyntaxError, ValueError):
+        nodes = list(ast.walk(_parsed(source)))
+        names = [alias.name for node in nodes if isinstance(node, ast.Import)
+                 for alias in node.names]
+        names += [node.module for node in nodes
+                  if isinstance(node, ast.ImportFrom) and node.module and not node.level]
+        return {name.partition(".")[0] for name in names}
+    return set()
 
 
 def _names(target: ast.expr) -> list[str]:

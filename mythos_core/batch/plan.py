@@ -7,7 +7,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from mythos_core.batch.notebook import open_notebook, parameters_of, typed
+from mythos_core.batch.notebook import (
+    check_derived,
+    modules_of,
+    open_notebook,
+    parameters_of,
+    typed,
+)
 from mythos_core.batch.record import read
 from mythos_core.provenance import commit
 
@@ -62,7 +68,7 @@ def plan(notebooks: list[Path], grid: list[dict], out: Path, threads: int,
     a parameter or a value that it does not take."""
     jobs, revision, core = {}, commit(), core_hash()
     for notebook in notebooks:
-        known, code = _look_into(notebook)
+        known, fingerprint = _look_into(notebook, {frozenset(point) for point in grid})
         for point in grid:
             parameters = {name: typed(name, value, known, notebook.name)
                           for name, value in point.items()}
@@ -72,18 +78,23 @@ def plan(notebooks: list[Path], grid: list[dict], out: Path, threads: int,
             jobs[folder] = Job(notebook, folder, threads, {
                 "command": _command(notebook, parameters), "commit": revision,
                 "notebook": notebook.name, "parameters": parameters,
-                "fingerprint": {"notebook": code, "core": core}}, timeout)
+                "fingerprint": {**fingerprint, "core": core}}, timeout)
     return list(jobs.values())
 
 
-def _look_into(path: Path) -> tuple[dict[str, tuple], str]:
-    """A notebook's parameters, and the hash of its code."""
+def _look_into(path: Path, given: set[frozenset]) -> tuple[dict[str, tuple], dict[str, str]]:
+    """A notebook's parameters, of which these are given together, and the hashes of its code and
+    of the modules beside it."""
     notebook = open_notebook(path)
     code = (cell.source.encode() for cell in notebook.cells if cell.cell_type == "code")
+    modules = (file.read_bytes() for file in modules_of(notebook, path.parent))
     try:
-        return parameters_of(notebook), _hash(*code)
+        parameters = parameters_of(notebook)
     except SyntaxError as error:
         raise ValueError(f"{path}: its parameters cell is not Python: {error}") from error
+    for names in given:
+        check_derived(sorted(names & set(parameters)), notebook, path)
+    return parameters, {"notebook": _hash(*code), "modules": _hash(*modules)}
 
 
 def _folder(out: Path, notebook: Path, parameters: dict) -> Path:

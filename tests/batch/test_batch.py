@@ -1,6 +1,7 @@
 """Real notebooks, executed by papermill in real kernels, by real dask workers in processes of their
 own."""
 import csv
+import datetime
 import json
 import os
 import re
@@ -104,11 +105,42 @@ def test_parse_grid(tmp_path):
     assert (parse_grid([f"a=@{file}:here.list", f"b=@{file}:here.object"])
             == [{"a": a, "b": b} for a in ("x, y", "z") for b in "kl"])
     for bad in ("seed", "seed=", "=1", "seed=1,,2", "a b=1", "seed=3:3", "name='a, b',c",
-                f"a=@{file}:here.nothing", f"a=@{file}:here.list.x", f"a=@{file}"):
+                f"a=@{file}:here.nothing", f"a=@{file}:here.list.x", f"a=@{file}",
+                f"a=@{file}:here.object.k", f"@{file}", f"@{file}:here.list", f"@{file}:",
+                f"@{tmp_path}", "a=0:100000000", "a=0:" + 30 * "9"):
         with pytest.raises(ValueError, match=re.escape(f"--grid {bad!r}")):
             parse_grid([bad])
     with pytest.raises(ValueError, match="each name once"):
         parse_grid(["seed=1", "seed=2"])
+    large = [f"{name}=0:100" for name in "abcd"]
+    with pytest.raises(ValueError, match="'c=0:100': makes 1,000,000 runs; must be at most 100,0"):
+        parse_grid(large)
+
+
+def test_sets_of_parameters_in_place_of_all_combinations(tmp_path, good, no_report, capsys):
+    file, command = tmp_path / "sets.json", [good, "--out", str(tmp_path / "out")]
+    sets = [{"seed": 1, "rate": 2}, {"name": "b"}]
+    file.write_text(json.dumps({"mine": {"small": sets}, "words": ["a"], "none": []}),
+                    encoding="utf-8")
+    place = f"@{file}:mine.small"
+    assert parse_grid([place]) == sets
+    assert (parse_grid(["none=0:2", place])
+            == [{"none": n, **one} for n in (0, 1) for one in sets])
+    for bad, named in ((f"@{file}:words", "must be a list of objects"),
+                       (f"@{file}:none", "not empty"),
+                       (f"@{file}:mine.large", "'large' is not in")):
+        with pytest.raises(ValueError, match=re.escape(f"--grid {bad!r}: ") + f".*{named}"):
+            parse_grid([bad])
+    with pytest.raises(ValueError, match=r"has \['rate'\] again; each name once"):
+        parse_grid([place, "rate=1"])
+    file.write_text(json.dumps(sets), encoding="utf-8")
+    assert main([*command, "--grid", f"@{file}"]) == 0
+    runs = [read(tmp_path / "out" / name)["parameters"] for name in folders(tmp_path / "out")]
+    assert sorted(runs, key=str) == [{"name": "b"}, {"seed": 1, "rate": 2.0}]
+    file.write_text(json.dumps([*sets, {"sed": 1}]), encoding="utf-8")
+    with pytest.raises(SystemExit):
+        main([*command, "--grid", f"@{file}"])
+    assert "--grid sed: not a parameter of good.ipynb" in capsys.readouterr().err
 
 
 def test_a_command_is_read_as_it_is_written(tmp_path, good):
@@ -265,6 +297,67 @@ def test_what_is_no_parameter_or_no_such_type_is_refused(tmp_path, cell, given, 
         planning.plan([save(tmp_path / "n.ipynb", cell)], [given], tmp_path, 1)
 
 
+@pytest.mark.parametrize("cell, given, named", [
+    ("nx = 41; dx = 2 / (nx - 1)", ["nx"], "dx from the defaults (dx = 2 / (nx - 1))"),
+    ("nx = 41\ndx = 2 / nx\ndt = dx ** 2", ["nx", "dx"], "dt from the defaults"),
+    ("nx = 41\nm = nx\ndt: float = m", ["nx"], "m from the defaults"),
+    ("n = 1\nif n > 1:\n    k = 3", ["n"], "k from the defaults (if n > 1:)"),
+    ("n = 1\nd = {}\nd['k'] = n", ["n"], "d from the defaults"),
+    ("n = 1\nk = [i * n for i in (1, 2)]", ["n"], "k from the defaults"),
+    ("n = 1\nk = 2\nk += n", ["n"], "k from the defaults")])
+def test_what_is_computed_from_a_given_parameter_is_refused(tmp_path, cell, given, named):
+    notebook, point = save(tmp_path / "n.ipynb", cell), dict.fromkeys(given, 81)
+    with pytest.raises(ValueError, match=re.escape(f"n.ipynb computes {named}")):
+        planning.plan([notebook], [{}, point], tmp_path, 1)
+
+
+@pytest.mark.parametrize("cell, given", [
+    ("nx = 41; dx = 2 / (nx - 1)", {"nx": 81, "dx": 0.1}), ("nx = 41; dx = 2 / nx", {"dx": 0.1}),
+    ("n = 1\nk = n\nk = 5", {"n": 2}), ("n = 1\nf = lambda: n", {"n": 2}),
+    ("n = 1\ndef f():\n    return n", {"n": 2}), ("k = [n for n in (1, 2)]", {"k": []}),
+    ("n = 1\nn = 2 * n", {"n": 3})])
+def test_what_follows_a_given_parameter_or_is_given_too_is_run(tmp_path, cell, given):
+    (job,) = planning.plan([save(tmp_path / "n.ipynb", cell)], [given], tmp_path, 1)
+    assert job.about["parameters"] == given
+
+
+def test_a_run_is_stale_when_a_module_beside_its_notebook_changes(tmp_path):
+    notebook = Path(write(tmp_path / "n.ipynb", ("%pwd\nif True:\n    import helper as h",),
+                          ("from package.part import one\nimport json, missing",),
+                          ("not python",)))
+    (tmp_path / "package").mkdir()
+    files = {name: tmp_path / name for name in ("helper.py", "deeper.py", "package/part.py",
+                                                "package/other.py", "unused.py", "json.txt")}
+    for name, file in files.items():
+        file.write_text("from deeper import x" if name == "helper.py" else "x = 1",
+                        encoding="utf-8")
+
+    def fingerprint():
+        (job,) = planning.plan([notebook], [{}], tmp_path / "out", 1)
+        return job.about["fingerprint"]
+    before = fingerprint()
+    for name, file in files.items():
+        file.write_text(file.read_text(encoding="utf-8") + "\ny = 2\n", encoding="utf-8")
+        now = fingerprint()
+        assert [part for part in now if now[part] != before[part]] == (
+            [] if name in ("unused.py", "json.txt") else ["modules"]), name
+        before = now
+
+
+@posix
+def test_a_kernel_is_of_this_python_whatever_is_registered(tmp_path, monkeypatch, no_report):
+    """A `python3` that some other environment has put where Jupyter looks first."""
+    registered = tmp_path / "jupyter" / "kernels" / "python3"
+    registered.mkdir(parents=True)
+    spec = {"argv": ["/bin/false", "{connection_file}"], "display_name": "3", "language": "python"}
+    (registered / "kernel.json").write_text(json.dumps(spec), encoding="utf-8")
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    notebook = write(tmp_path / "n.ipynb", ("import sys\nprint(sys.executable)",))
+    assert main([notebook, "--out", str(tmp_path / "out")]) == 0
+    printed = next((tmp_path / "out").glob("*/stdout.txt")).read_text(encoding="utf-8")
+    assert printed == f"{sys.executable}\n"
+
+
 def test_one_code_with_other_data_beside_it_is_another_run(tmp_path, no_report, capsys):
     for name in "ab":
         (tmp_path / name).mkdir()
@@ -345,7 +438,7 @@ def test_12_runs_on_two_workers_and_again(tmp_path, good, capsys, monkeypatch):
         assert ("of the kernel" in (folder / "log.txt").read_text(encoding="utf-8")
                 and 10 < run["peak_mb"] < 2000 and 0 < run["seconds"] < 100)
         assert (set(run["versions"]) == {"python", "torch", "numpy"} and len(run["commit"]) == 40
-                and len(run["fingerprint"]) == 2)
+                and set(run["fingerprint"]) == {"notebook", "modules", "core"})
         if seed < 11:
             assert (run["status"], run["error"], run["claims"]) == ("passed", None, 2)
             assert (run["results"] == {"score": seed / 2, "threads": "3", "trims": False,
@@ -835,6 +928,39 @@ def test_results_are_declared_as_json(capsys, monkeypatch):
     monkeypatch.undo()
     record.results(accuracy=0.9)                                  # outside a notebook it prints
     assert "accuracy" in capsys.readouterr().out
+
+
+def test_results_of_many_kinds_are_converted_and_others_refused_by_name(monkeypatch):
+    import numpy
+    import pandas
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda data, raw: shown.append(data))
+    frame = pandas.DataFrame({"n": [1, 2], "day": pandas.to_datetime(["2026-01-02"] * 2)})
+    record.results(frame=frame, column=frame["n"], path=Path("a") / "b", chosen={3, 1},
+                   day=datetime.date(2026, 1, 2), deep=[{"at": {Path("c")}}], one=numpy.int64(1))
+    assert shown[0][record.MIME] == {
+        "frame": {"n": [1, 2], "day": 2 * ["2026-01-02T00:00:00"]}, "column": [1, 2],
+        "path": os.path.join("a", "b"), "chosen": [1, 3], "day": "2026-01-02",
+        "deep": [{"at": ["c"]}], "one": 1}
+    loop = []
+    loop.append(loop)
+    for value, named in ((object, "type <class 'object'>"), (1j, "complex 1j"), ({1, "a"}, "<"),
+                         ({(1, 2): 3}, "keys must be"), (loop, "Circular"), (b"a", "bytes b'a'"),
+                         (numpy.array([1j]), "complex 1j")):
+        with pytest.raises(TypeError, match=r"results\(score=\.\.\.\) cannot be recorded: "
+                           f".*{re.escape(named)}.*; must be a number"):
+            record.results(fine=1, score=value)
+    assert len(shown) == 1
+
+
+@pytest.mark.parametrize("raised, line", [
+    ("ValueError('\\n\\n  first\\nsecond')", "ValueError: first"),
+    ("ValueError('')", "ValueError:"), ("KeyError('a')", "KeyError: 'a'")])
+def test_the_first_line_of_an_error_has_something_in_it(tmp_path, no_report, raised, line):
+    notebook = write(tmp_path / "n.ipynb", (f"raise {raised}",))
+    assert main([notebook, "--out", str(tmp_path / "out")]) == 1
+    (name,) = folders(tmp_path / "out")
+    assert read(tmp_path / "out" / name)["error"] == line
 
 
 def test_a_run_of_the_study_makes_a_row(tmp_path, no_report):
