@@ -1,4 +1,5 @@
 """Weights from the open-mythos package."""
+import re
 from dataclasses import asdict
 
 import torch
@@ -7,6 +8,8 @@ from torch import Tensor
 from mythos_core.model.config import MythosConfig
 from mythos_core.model.model import OpenMythos
 
+WRAPPED = re.compile(r"^(module\.|_orig_mod\.)+")
+
 
 def from_open_mythos(state_dict: dict[str, Tensor], config) -> OpenMythos:
     """The model of this package that computes what an open-mythos 0.5.0 model with these weights
@@ -14,15 +17,16 @@ def from_open_mythos(state_dict: dict[str, Tensor], config) -> OpenMythos:
 
     `config` has that model's hyper-parameters: a MythosConfig, or that model's own `cfg`.
     Projections are fused and experts stacked; the RoPE tables are dropped. With the switches at
-    their defaults logits agree to 1e-5 in float32.
+    their defaults logits agree to 1e-5 in float32. Names may begin as DistributedDataParallel
+    and torch.compile save them.
 
     Raises:
         ValueError: if names or shapes do not fit `config`, naming them.
     """
     config = config if isinstance(config, MythosConfig) else MythosConfig(**asdict(config))
     model = OpenMythos(config)
-    source = {name: tensor for name, tensor in state_dict.items()
-              if not name.startswith("freqs_cis")}
+    source = {WRAPPED.sub("", name): tensor for name, tensor in state_dict.items()}
+    source = {name: tensor for name, tensor in source.items() if not name.startswith("freqs_cis")}
     blocks = ([f"prelude.{i}" for i in range(config.prelude_layers)]
               + [f"coda.{i}" for i in range(config.coda_layers)] + ["recurrent.block"])
     try:

@@ -77,3 +77,10 @@ def test_weights_that_do_not_fit_are_refused(reference_model):
         from_open_mythos(state, tiny(n_experts=5))
     # the caller's dictionary is not changed
     assert set(state) == set(reference_model(tiny()).state_dict())
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_weights_saved_from_a_wrapped_model_are_read_as_those_of_the_model(reference_model, prefix):
+    state, ids = reference_model(tiny()).state_dict(), torch.randint(0, 17, (2, 5))
+    wrapped = {prefix + name: tensor for name, tensor in state.items()}
+    assert torch.equal(from_open_mythos(wrapped, tiny())(ids), from_open_mythos(state, tiny())(ids))
