@@ -1,5 +1,6 @@
 """The small parts: RMSNorm, rotary position embedding and the SwiGLU feed-forward."""
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from functools import wraps
 
 import torch
@@ -23,18 +24,26 @@ def known(ask: Callable):
         return None
 
 
+@contextmanager
+def evaluating(modules: Iterable[nn.Module]):
+    """Eval mode inside, for each of `modules`; afterwards each is in the mode that it was in."""
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def evaluated(measure: Callable):
     """A function of a model, its first argument, that runs it in eval mode, and leaves it in the
     mode that it was in."""
     @wraps(measure)
     def restoring(model, *args, **kwargs):
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-        try:
+        with evaluating(model.modules()):
             return measure(model, *args, **kwargs)
-        finally:
-            for module, mode in modes:
-                module.training = mode
     return restoring
 
 
