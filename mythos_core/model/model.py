@@ -2,6 +2,7 @@
 import json
 import re
 import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from mythos_core.model.attention import Context
 from mythos_core.model.cache import KVCache
 from mythos_core.model.config import MythosConfig
 from mythos_core.model.dilated import DilatedBlock
-from mythos_core.model.layers import NORM_EPS, RMSNorm, evaluated, known
+from mythos_core.model.layers import NORM_EPS, RMSNorm, evaluating, known
 from mythos_core.model.loop import Observer, RecurrentBlock, TransformerBlock
 from mythos_core.model.strict import StrictBlock
 from mythos_core.model.weights import (
@@ -79,7 +80,9 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
 
         Args:
             ids: (B, S) int64 tokens. Behind what `kv_cache` holds, if given: positions continue
-                there.
+                there. Pad shorter rows on the right, with any token: no position reads a later one.
+                But in training the experts' load counts all, and a dilated model's default n_loops
+                is for S.
             n_loops: T >= 1, the most loops; default max_loop_iters, or in a strict model as many as
                 it takes to settle, and in a dilated one, without a cache, as many as read the whole
                 string (and, with halting = "settled", one more that sees nothing change). With one
@@ -95,7 +98,8 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
                 what is allowed.
         """
         settles, strict = n_loops is None and self.config.strict, self.config.strict
-        n_loops = self._default_loops(ids, kv_cache) if n_loops is None else n_loops
+        if n_loops is None:
+            n_loops = self._default_loops(ids.shape[1:].numel(), kv_cache)
         self._check(ids, n_loops, kv_cache)
         if kv_cache is None:
             ctx = self.context(ids)
@@ -111,15 +115,15 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
             logits = [self._cached(piece, n_loops, kv_cache, observer) for piece in pieces]
         return torch.cat(logits, 1)  # outside: one that may be changed in place
 
-    def _default_loops(self, ids, kv_cache):
+    def _default_loops(self, seq, kv_cache):
         c = self.config
         if c.strict:
             return PIECE
         if c.dilation == 1:
             return c.max_loop_iters
         if kv_cache is None:
-            return self.recurrent.loops_for(ids.shape[1:].numel()) + (c.halting == "settled")
-        most, length = c.dilation ** c.max_loop_iters, kv_cache.length + ids.shape[1:].numel()
+            return self.recurrent.loops_for(seq) + (c.halting == "settled")
+        most, length = c.dilation ** c.max_loop_iters, kv_cache.length + seq
         _require(length <= most, "sequence length", length,
                  f"at most dilation ** max_loop_iters = {most} where n_loops is not given")
         return c.max_loop_iters
@@ -159,20 +163,20 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
                               if not name.startswith("recurrent.act.")})
         return free.eval()
 
-    @evaluated
-    @torch.no_grad()
     def generate(self, ids: Tensor, max_new_tokens: int = 64, n_loops: int = 8,
                  temperature: float = 1.0, top_k: int = 50,
                  generator: torch.Generator | None = None, use_cache: bool = True,
-                 cache_loops: int | None = None,
-                 observer: Observer | None = None) -> Int[Tensor, "batch longer"]:
+                 cache_loops: int | None = None, observer: Observer | None = None,
+                 top_p: float = 1.0, stop: int | Sequence[int] | None = None,
+                 lengths: Sequence[int] | Tensor | None = None,
+                 kv_cache: KVCache | None = None) -> Int[Tensor, "batch longer"]:
         """`ids` (B, S) continued by `max_new_tokens` sampled tokens: (B, S + max_new_tokens), in
         eval mode whatever the model's.
 
         Args:
             n_loops: loops for every token; a strict model reads the prompt in pieces of as many
                 positions, and then takes one loop for each token, whatever n_loops is; a dilated
-                one takes as many as read all that there will be.
+                one takes as many as read all that there will be, or with a kv_cache max_loop_iters.
             temperature: divides the logits; 0 = the most likely token.
             top_k: sample among that many most likely tokens; 0 or more than vocab_size = among all.
             generator: source of randomness; default torch's own.
@@ -180,25 +184,77 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
             cache_loops: `KVCache.loops`: fewer entries than loops, other logits. A strict model has
                 one anyway.
             observer: as for `forward`; sees every pass.
+            top_p: of the top_k, sample among the most likely, as few as have that share of their
+                probability (nucleus sampling, Holtzman et al. 2020).
+            stop: a token, or several, at which a row ends. From there on the row repeats it, and
+                what is returned ends where the last row does.
+            lengths: (B,) tokens of each row's prompt, in 1 .. S; the row's other ids are padding:
+                any tokens, and not read. Each row is continued behind its own, to the common end,
+                as it would be alone (unless cache_loops shares entries: other passes, other
+                logits).
+            kv_cache: holds what comes before `ids`, and is filled on. Afterwards it lacks only the
+                newest column, with which the next call's ids have to begin.
+
+        Raises:
+            ValueError: before any work, naming the argument, its value and what is allowed.
         """
+        columns = self.stream(ids, max_new_tokens, n_loops, temperature, top_k, generator,
+                              use_cache, cache_loops, observer, top_p, stop, lengths, kv_cache)
+        shared = ids.shape[1] if lengths is None else int(min(lengths))
+        return torch.cat([ids[:, :shared], *columns], 1)
+
+    def stream(self, ids: Tensor, max_new_tokens: int = 64, n_loops: int = 8,
+               temperature: float = 1.0, top_k: int = 50,
+               generator: torch.Generator | None = None, use_cache: bool = True,
+               cache_loops: int | None = None, observer: Observer | None = None,
+               top_p: float = 1.0, stop: int | Sequence[int] | None = None,
+               lengths: Sequence[int] | Tensor | None = None,
+               kv_cache: KVCache | None = None) -> Iterator[Int[Tensor, "batch 1"]]:
+        """What `generate` puts behind the shortest prompt, column by column, each when it is drawn.
+        Arguments and errors are those of `generate`. Between columns the model is in its own mode,
+        and a kv_cache lacks the column given last."""
         self._check(ids, n_loops, None)
-        limits = self.config
-        _require(1 <= max_new_tokens <= limits.max_output_tokens, "max_new_tokens",
-                 max_new_tokens, f"in 1 .. max_output_tokens = {limits.max_output_tokens}")
-        self._check_length("ids.shape[1] + max_new_tokens", ids.shape[1] + max_new_tokens)
-        _require(temperature >= 0, "temperature", temperature, "0 or more")
-        _require(top_k >= 0, "top_k", top_k, "0 or more")
-        _require(use_cache or cache_loops is None, "cache_loops",
-                 cache_loops, "None if use_cache is False")
-        cache = KVCache(ids.shape[1] + max_new_tokens, cache_loops) if use_cache else None
+        length = ids.shape[1] + max_new_tokens
+        self._check_new(max_new_tokens, length, kv_cache)
+        _check_sampling(temperature, top_k, top_p)
+        stops, lengths = self._stops(stop, ids), _lengths(lengths, ids)
+        _require(use_cache or kv_cache is None, "use_cache", use_cache, "True with a kv_cache")
+        _require(cache_loops is None or (use_cache and kv_cache is None), "cache_loops",
+                 cache_loops, "None if use_cache is False, or with a kv_cache")
+        n_loops = self._loops_to(length, n_loops, use_cache, kv_cache)
+        cache = KVCache(length, cache_loops) if use_cache and kv_cache is None else kv_cache
+        if use_cache:
+            self._check(ids, n_loops, cache)
+        start, modules = cache.length if use_cache else 0, list(self.modules())
+
+        def draw(read):
+            unread = read[:, cache.length - start:] if use_cache else read
+            with torch.no_grad(), evaluating(modules):
+                logits = self(unread, n_loops, cache, observer)[:, -1]          # (B, vocab)
+            return _sample(logits, temperature, top_k, generator, top_p)
+        return _columns(ids, lengths, length, draw, stops)
+
+    def _check_new(self, max_new_tokens, length, kv_cache):
+        most = self.config.max_output_tokens
+        _require(1 <= max_new_tokens <= most, "max_new_tokens", max_new_tokens,
+                 f"in 1 .. max_output_tokens = {most}")
+        start, before = (0, "") if kv_cache is None else (kv_cache.length, "kv_cache.length + ")
+        self._check_length(f"{before}ids.shape[1] + max_new_tokens", start + length)
+
+    def _loops_to(self, length, n_loops, use_cache, kv_cache):
+        """The loops of a generation up to `length` positions, behind those of `kv_cache`."""
+        if self.config.dilation > 1 and kv_cache is None:
+            return self.recurrent.loops_for(length)
         if self.config.dilation > 1:
-            n_loops = self.recurrent.loops_for(ids.shape[1] + max_new_tokens)
-        n_loops = None if self.config.strict and not use_cache else n_loops
-        for _ in range(max_new_tokens):
-            unread = ids[:, cache.length:] if use_cache else ids
-            logits = self(unread, n_loops, cache, observer)[:, -1]          # (B, vocab)
-            ids = torch.cat([ids, _sample(logits, temperature, top_k, generator)], 1)
-        return ids
+            return self._default_loops(length, kv_cache)
+        return None if self.config.strict and not use_cache else n_loops
+
+    def _stops(self, stop, ids):
+        vocab = self.config.vocab_size
+        tokens = [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
+        _require(all(isinstance(token, int) and 0 <= token < vocab for token in tokens), "stop",
+                 stop, f"tokens, in 0 .. vocab_size - 1 = {vocab - 1}")
+        return ids.new_tensor(tokens)
 
     def _check(self, ids, n_loops, kv_cache):
         vocab, start = self.config.vocab_size, kv_cache.length if kv_cache is not None else 0
@@ -277,14 +333,51 @@ def _require(holds, name, value, rule):
         raise ValueError(f"{name} = {value}: must be {rule}")
 
 
-def _sample(logits, temperature, top_k, generator):
+def _check_sampling(temperature, top_k, top_p):
+    _require(temperature >= 0, "temperature", temperature, "0 or more")
+    _require(top_k >= 0, "top_k", top_k, "0 or more")
+    _require(0 < top_p <= 1, "top_p", top_p, "in (0, 1]")
+
+
+def _lengths(lengths, ids) -> Int[Tensor, "batch 1"]:
+    batch, most = ids.shape
+    found = torch.as_tensor([most] * batch if lengths is None else lengths, device=ids.device)
+    _require(found.shape == (batch,) and not found.is_floating_point()
+             and found.min() >= 1 and found.max() <= most,
+             "lengths", found.tolist(), f"a number in 1 .. {most} for each of {batch} rows")
+    return found.unsqueeze(1)
+
+
+def _columns(prompt, lengths, length, draw, stops):
+    """The columns behind the shortest prompt, up to `length`: of a longer prompt its own tokens
+    first, then those that `draw` makes of all before, and from one of `stops` on that one."""
+    ids = prompt[:, :lengths.min()]
+    ended = torch.zeros_like(lengths, dtype=torch.bool)
+    for position in range(ids.shape[1], length):
+        new, given = draw(ids), lengths > position
+        new = torch.where(ended, ids[:, -1:], new)
+        if position < prompt.shape[1]:
+            new = torch.where(given, prompt[:, position:position + 1], new)
+        ids, ended = torch.cat([ids, new], 1), ended | (torch.isin(new, stops) & ~given)
+        yield new
+        if ended.all():
+            return
+
+
+def _sample(logits, temperature, top_k, generator, top_p=1.0):
     """One token a row, (B, 1)."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     top_k = min(top_k, logits.shape[-1]) or logits.shape[-1]
     top, tokens = (logits / temperature).topk(top_k, -1)
     share = top.softmax(-1, dtype=torch.promote_types(top.dtype, torch.float32))
+    share = _nucleus(share, top_p) if top_p < 1 else share
     if generator is not None:                                    # which draws on its own device
         share = share.to(generator.device)
     chosen = torch.multinomial(share, 1, generator=generator)
     return tokens.gather(-1, chosen.to(tokens.device))
+
+
+def _nucleus(share: Float[Tensor, "*batch k"], top_p: float) -> Float[Tensor, "*batch k"]:
+    """Shares in falling order, 0 behind the first few that make up top_p."""
+    return share.masked_fill(share.cumsum(-1) - share >= top_p, 0)
