@@ -109,18 +109,18 @@ def draw_machine(machine: Machine, ax=None):
                 for edge, by_answer in labels.items()}
         nx.draw_networkx_edge_labels(graph, layout, text, font_size=7, rotate=False,
                                      bbox={"color": "white", "pad": 0.2}, **curved)
-    ax.set_title(_plain(machine.name))
+    ax.set_title(_literal(machine.name))
     ax.set(xlim=(-1.3, 1.3), ylim=(-1.3, 1.3))
     ax.axis("off")
     return ax.figure
 
 
-def _plain(text: str) -> str:
+def _literal(text: str) -> str:
     """As text that matplotlib takes for no formula."""
     return text.replace("$", r"\$")
 
 
 def _few(machine, letters):
     """The names of letters, the first three of many."""
-    names = [_plain(machine.symbols[letter]) for letter in letters]
+    names = [_literal(machine.symbols[letter]) for letter in letters]
     return ", ".join(names if len(names) < 4 else [*names[:3], "..."])
