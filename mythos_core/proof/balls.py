@@ -57,13 +57,25 @@ def spectral(A: Float[Tensor, "*n rows columns"]) -> Float[Tensor, "*n 1"]:
     return ((size * torch.linalg.matrix_norm(H) ** 0.125).sqrt() + 1e-9).unsqueeze(-1)
 
 
+def joined(shapes: tuple[Float[Tensor, "*n dim _"], ...]) -> Float[Tensor, "*n dim z"]:
+    """One shape that holds A_1 z_1 + A_2 z_2 + .. for all |z_i| <= 1: A_i / sqrt(w_i) side by side,
+    which takes sqrt(w_i) z_i, where w_i is |A_i| over the sum of all. Its norm is at most
+    sum |A_i|."""
+    if len(shapes) == 1:
+        return shapes[0]
+    sizes = torch.stack([spectral(A) for A in shapes])
+    shares = (sizes / sizes.sum(0)).sqrt()
+    return torch.cat([A / share.unsqueeze(-1) for A, share in zip(shapes, shares)], -1)
+
+
 @dataclass(frozen=True)
 class Ball:
-    """x, and how far from it: by `error` in any way, and by `along` z with |z| <= 1, if given."""
+    """x, and how far from it: by `error` in any way, and by A z with |z| <= 1 for each shape A of
+    `along`."""
 
     x: Float[Tensor, "*n dim"]
     error: Float[Tensor, "*n 1"]
-    along: Float[Tensor, "*n dim z"] | None = None
+    along: tuple[Float[Tensor, "*n dim _"], ...] = ()
 
     @classmethod
     def exact(cls, x: Float[Tensor, "*n dim"]) -> "Ball":
@@ -72,12 +84,18 @@ class Ball:
     @property
     def radius(self) -> Float[Tensor, "*n 1"]:
         radius = self.error * (1 + 1e-9)
-        radius = radius if self.along is None else radius + spectral(self.along)
+        radius = radius + spectral(joined(self.along)) if self.along else radius
         return radius.nan_to_num(nan=math.inf, posinf=math.inf)  # inf times 0
 
+    def shaped(self) -> "Ball":
+        """The same, all of it `along`: a shape follows the Jacobians of what comes, an error only
+        the product of their norms."""
+        eye = torch.eye(self.x.shape[-1], dtype=self.x.dtype, device=self.x.device)
+        return Ball(self.x, torch.zeros_like(self.error),
+                    (*self.along, (self.error * (1 + 1e-9)).unsqueeze(-1) * eye))
+
     def __getitem__(self, index: Tensor | list[int]) -> "Ball":
-        along = None if self.along is None else self.along[index]
-        return Ball(self.x[index], self.error[index], along)
+        return Ball(self.x[index], self.error[index], tuple(A[index] for A in self.along))
 
 
 @dataclass(frozen=True)
@@ -92,8 +110,7 @@ class Step:
     def of(self, *balls: Ball) -> Ball:
         """What it makes of the balls that it was made for."""
         error = self.off + sum(spectral(J) * b.error for J, b in zip(self.J, balls))
-        along = [J @ b.along for J, b in zip(self.J, balls) if b.along is not None]
-        return Ball(self.x, error, len(along) ** 0.5 * torch.cat(along, -1) if along else None)
+        return Ball(self.x, error, tuple(J @ A for J, b in zip(self.J, balls) for A in b.along))
 
 
 class Arithmetic:
@@ -104,17 +121,18 @@ class Arithmetic:
         limits = torch.finfo(torch.float32 if name == "tf32" else getattr(torch, name))
         # where squares and products may overflow nothing is known; what underflows is added
         self.largest, self.tiny = limits.max ** 0.25, 1e5 * limits.tiny
-        self._bounds: dict[int, tuple[Tensor, float]] = {}
+        self._bounds: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     def gamma(self, n: int) -> float:
         """Of a sum of n products, which may be stored before they are summed."""
         return n * self.sums / (1 - n * self.sums) + 2 * self.store
 
-    def bound(self, W: Float[Tensor, "rows columns"]) -> float:
-        """`spectral`, once for each matrix."""
-        if id(W) not in self._bounds:
-            self._bounds[id(W)] = W, spectral(W).item()
-        return self._bounds[id(W)][1]
+    def bound(self, W: Float[Tensor, "*n rows columns"]) -> Float[Tensor, "*n"]:
+        """`spectral`, once for each weight."""
+        known = W.data_ptr(), W.shape, W.stride()
+        if known not in self._bounds:
+            self._bounds[known] = W, spectral(W).squeeze(-1)     # W: so that it keeps its place
+        return self._bounds[known][1]
 
     def rounding(self, relative: float, size: Tensor) -> Tensor:
         """Of a result whose parts add up to `size`; infinite where something may overflow."""
@@ -147,26 +165,30 @@ class Arithmetic:
         return self.norm(b, m).of(b)
 
     def add(self, a: Ball, b: Ball) -> Ball:
-        """Of which one at most has a shape."""
         x, error = a.x + b.x, a.error + b.error
         return Ball(x, error + self.rounding(self.store, length(x) + a.radius + b.radius),
-                    a.along if b.along is None else b.along)
+                    a.along + b.along)
 
     def softmax(self, z: Float[Tensor, "*n k"], off: Float[Tensor, "*n 1"],
-                r: Float[Tensor, "*n 1"]) -> tuple[Tensor, Tensor]:
-        """Weights, and by how much rounding may have them off, all together, where it has the
-        scores off by `off`, and they vary by r. Before exp a difference is rounded.
+                r: Float[Tensor, "*n 1"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Weights; by how much rounding may have them off, all together, where it has the scores
+        off by `off`, and they vary by r; and bounds of |D| and |D^2|. Before exp a difference is
+        rounded.
 
-        |D| <= 1/2, by Gershgorin's circles of diag(p) - p p^T. And |D^2| <= 1: with a and b the
-        arguments less their means by p, D^2 is p_i (a_i b_i - sum_k p_k a_k b_k), where
-        sum p |a b| <= 1/2 since a standard deviation is at most half the range.
+        D = diag(p) - p p^T, and |D| <= 2 max p_i (1 - p_i) =: s by Gershgorin's circles; where each
+        score varies by r, p / (1 - p) does by a factor of exp(2 r) at most, and p (1 - p) too. With
+        a and b the arguments less their means by p, D^2 is p_i (a_i b_i - sum_k p_k a_k b_k), and
+        sum p |a b| <= s, so |D^2| <= 2 s. Of two it is sqrt(2) s |1 - 2 p|, at most 0.2723.
         """
         p, all_off = z.softmax(-1), off + r
         span = (z.amax(-1, keepdim=True) - z).where(p > 0, 0.0) + 2 * all_off
         shared = (p * span).sum(-1, keepdim=True)                # of the sum that divides all
         relative = (self.store * (span + shared + 1)
                     + self.sums * (2 * FUNCTION + z.shape[-1]))
-        return p, 0.5 * off + length(relative * (p + all_off / 2)) + self.tiny
+        steep = (2 * (p * (1 - p)).amax(-1, keepdim=True) * (2 * all_off).exp()).clamp(max=0.5)
+        two = (z > -torch.inf).sum(-1, keepdim=True) < 3
+        bent = (2 ** 0.5 * steep).clamp(max=0.2723).where(two, 2 * steep)
+        return p, steep * off + length(relative * (p + all_off / 2)) + self.tiny, steep, bent
 
     def leads(self, b: Ball, W: Float[Tensor, "choices dim"], offset: Float[Tensor, "choices"],
               chosen: Int[Tensor, "n"]) -> Float[Tensor, "n"]:

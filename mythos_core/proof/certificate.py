@@ -37,9 +37,9 @@ from mythos_core.model.layers import NORM_EPS, RMSNorm
 from mythos_core.model.model import OpenMythos
 from mythos_core.model.weights import digest
 from mythos_core.proof.balls import ASSUMED, ROUNDOFF
-from mythos_core.proof.choices import with_codes
+from mythos_core.proof.choices import Codes, with_codes
 from mythos_core.proof.closure import Closure
-from mythos_core.proof.invariant import Invariant, LoopCell, invariant
+from mythos_core.proof.invariant import LoopCell, invariant
 from mythos_core.proof.scan import Scan, codes_by_element
 from mythos_core.tasks.automaton import NOT_ASKED
 from mythos_core.tasks.machines import Machine
@@ -81,11 +81,11 @@ class Certificate:
     arithmetic: str
     model: OpenMythos
     asked: Machine
-    closure: Closure | Scan | Invariant
+    closure: Closure | Scan
 
     @property
     def codes(self) -> Float[Tensor, "codes dim"]:
-        return self.closure.codes
+        return self.closure.states.codes
 
     @property
     def contexts(self) -> int:
@@ -97,23 +97,26 @@ class Certificate:
 
     @property
     def state_margin(self) -> float:
-        return self.closure.margins["state"]
+        return self._margin("state")
 
     @property
     def logit_margin(self) -> float:
-        return self.closure.margins["logit"]
+        return self._margin("logit")
 
     @property
     def routing_margin(self) -> float:
-        return self.closure.margins["routing"]
+        return self._margin("routing")
+
+    def _margin(self, of: str) -> float:
+        return self.closure.states.margins[of] if self.closure.closed else 0.0
 
     @property
     def safety(self) -> dict[str, float]:
-        return self.closure.safety
+        return self.closure.states.safety
 
     @property
     def branched(self) -> int:
-        return self.closure.branched
+        return self.closure.states.branched
 
     @cached_property
     def machine(self) -> Machine | None:
@@ -154,8 +157,7 @@ def certify(model: OpenMythos, machine: Machine,
             nothing from the proof, which checks what they do.
         arithmetic: one of `balls.ROUNDOFF`; default that of the model's dtype. TF32 is of float32
             models, on a GPU where it is allowed.
-        rounded: False: prove the model without codes, as it was trained (`proof.invariant`). It has
-            to be strict.
+        rounded: False: prove the model without codes, as it was trained (`proof.invariant`).
 
     Raises:
         ValueError: if the model is not of the kind that the theorem is about, or
@@ -194,8 +196,8 @@ def automaton(model: OpenMythos, letters: int) -> Machine | None:
     if not 1 <= letters < vocab:
         raise ValueError(f"letters = {letters}: must be in 1 .. vocab_size - 1 = {vocab - 1}")
     arithmetic = str(model.embed.weight.dtype).removeprefix("torch.")
-    closure = Closure(with_codes(model, model.recurrent.codes), letters, None, arithmetic).run()
-    safe = closure.closed and all(times > 1 for times in closure.safety.values())
+    closure = Closure(Codes(with_codes(model, model.recurrent.codes), arithmetic), letters).run()
+    safe = closure.closed and all(times > 1 for times in closure.states.safety.values())
     return closure.machine() if safe else None
 
 
@@ -252,14 +254,15 @@ def candidate_codes(model: OpenMythos, machine: Machine) -> Iterator[Float[Tenso
 
 def _certify(bare: OpenMythos, machine: Machine, codes: Tensor, arithmetic: str) -> Certificate:
     model = with_codes(bare, codes)
-    closure = (Scan(model, machine, arithmetic) if model.config.dilation > 1
-               else Closure(model, machine.letters, machine, arithmetic)).run()
+    states = Codes(model, arithmetic)
+    closure = (Scan(states, machine) if model.config.dilation > 1
+               else Closure(states, machine.letters, machine)).run()
     return _certificate(closure, model, machine, arithmetic)
 
 
 def _as_trained(model: OpenMythos, machine: Machine, codes, arithmetic: str) -> Certificate:
-    if model.config.dilation > 1 or codes is not None:
-        raise ValueError("rounded = False: must be True for a dilated model, and with codes")
+    if codes is not None:
+        raise ValueError("rounded = False: must be True with codes")
     model = with_codes(model, None)
     return _certificate(invariant(LoopCell(model, arithmetic), machine), model, machine, arithmetic)
 
@@ -271,6 +274,6 @@ def _certificate(closure, model: OpenMythos, machine: Machine, arithmetic: str) 
         reason = f"not closed after {closure.contexts} contexts"
     elif not reason:
         reason = "; ".join(f"a {name} leads by {times:.3g} times what {arithmetic} may do to it: "
-                           "must be above 1" for name, times in closure.safety.items()
+                           "must be above 1" for name, times in closure.states.safety.items()
                            if not times > 1)
     return Certificate(not reason, reason, arithmetic, model, machine, closure)

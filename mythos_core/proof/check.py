@@ -12,7 +12,7 @@ import hashlib
 import json
 import sys
 from functools import lru_cache
-from itertools import combinations, pairwise, product
+from itertools import chain, combinations, product
 from pathlib import Path
 
 import safetensors
@@ -71,11 +71,20 @@ def identity(n):
 
 
 class Ball:
-    """x; a machine is off by at most `error` in any way and by `along` z, |z| <= 1."""
+    """x; a machine is off by at most `error` in any way and by A z, |z| <= 1, for each A `along`.
+    All of these are one: the A / sqrt(share) side by side, with shares that add up to 1."""
 
-    def __init__(self, x, error=ZERO, along=None):
-        self.x, self.error, self.along = x, error, along
-        self.radius = error + (spectral(along) if along is not None else 0)
+    def __init__(self, x, error=ZERO, along=()):
+        self.x, self.error, self.along, self.radius = x, error, along, error
+        if len(along) == 1:
+            self.radius += spectral(along[0])
+        elif along:
+            sizes = [spectral(A) for A in along]
+            parts = [(A / (size / total(sizes)).sqrt()).tolist() for A, size in zip(along, sizes)]
+            self.radius += spectral(arb_mat([[*chain(*rows)] for rows in zip(*parts)]))
+
+    def shaped(self):
+        return Ball(self.x, ZERO, (*self.along, self.error * identity(len(self.x))))
 
 
 class Step:
@@ -87,16 +96,20 @@ class Step:
 
     def of(self, *balls):
         error = self.off + total(steep * b.error for steep, b in zip(self.steep, balls))
-        along = [J * b.along for J, b in zip(self.J, balls) if b.along is not None]
-        require(len(along) < 2, "two balls have a shape")
-        return Ball(self.x, error, along[0] if along else None)
+        return Ball(self.x, error, tuple(J * A for J, b in zip(self.J, balls) for A in b.along))
 
 
 class Model:
     """The steps of the model, on balls."""
 
-    def __init__(self, config, tensors, arithmetic):
+    def __init__(self, config, tensors, arithmetic, table):
         self.c, self.t = config, tensors
+        self.centres, self.radius = tensors.get("recurrent.codes"), ZERO
+        if not config["codes"]:
+            self.centres, self.radius = ([[arb(a) for a in row] for row in table["centres"]],
+                                         arb(table["radius"]))
+            require(self.radius > 0 and all(len(row) == config["dim"] for row in self.centres),
+                    "balls of another space, or of none")
         _, self.u, self.largest = ARITHMETIC[arithmetic]
         self.head, self.groups = (config["dim"] // config["n_heads"],
                                   config["n_heads"] // config["n_kv_heads"])
@@ -104,12 +117,19 @@ class Model:
         self.size = (lambda A: length(A.entries())) if config["codes"] else spectral
         self.matrix = lru_cache(None)(self._matrix)
         self.tokens = lru_cache(None)(self._token)
-        self.read = lru_cache(None)(
-            lambda code: self.normed(Ball(self.t["recurrent.codes"][code]), "recurrent.norm"))
+        self.read = lru_cache(None)(lambda at: self.normed(self.state(at), "recurrent.norm"))
 
-    def _matrix(self, name, begin=None, end=None, flip=False):
+    def state(self, number):
+        """A code, or a ball; None: the start of a string."""
+        if number is None:
+            return Ball([ZERO] * self.c["dim"])
+        shape = () if self.c["codes"] else (self.radius * identity(self.c["dim"]),)
+        return Ball(self.centres[number], ZERO, shape)
+
+    def _matrix(self, name, rows=None, flip=False):
         """Rows of a tensor: W; W^T; |W|^T; a bound of |W|; the lengths of its rows."""
-        W = arb_mat(self.t[name][begin:end])
+        t = self.t[name]
+        W = arb_mat(t if rows is None else [t[i] for i in rows])
         W = W.transpose() if flip else W
         absolute = arb_mat([[abs(a) for a in row] for row in W.transpose().tolist()])
         return W, W.transpose(), absolute, spectral(W), [length(row) for row in W.tolist()]
@@ -147,12 +167,14 @@ class Model:
         return self.norm(b, name).of(b)
 
     def softmax(self, z, off, by):
-        """Weights, and how far rounding may have them off; of one, which is 1, not at all."""
+        """Weights; how far rounding may have them off; bounds of |D| and |D^2|."""
         e, r = [(a - z[0]).exp() for a in z], off + by
         p = [a / total(e) for a in e]
         spread = most([a - v for a in z for v in z]) + 2 * r
-        return p, (off / 2 + self.rounded(len(z), (2 * spread + 1) * (1 + r), 2) * len(z)
-                   if len(z) > 1 else ZERO)
+        steep = least(2 * most([a * (1 - a) for a in p]) * (2 * r).exp(), arb("0.5"))
+        bent = least(arb(2).sqrt() * steep, arb("0.2723")) if len(z) < 3 else 2 * steep
+        rounding = self.rounded(len(z), (2 * spread + 1) * (1 + r), 2) * len(z)
+        return p, steep * off + rounding, steep, bent
 
     def unit(self, y, up, down, gates=None):
         """down(silu(gate y) up(y)). `gates` weigh channels: (weights; how far they vary in all, to
@@ -208,49 +230,56 @@ class Model:
         normed = iter([norm.of(b) for norm, b in zip(norms, there)])
         y = [Ball(self.t[at + ".attn.start"][0]) if b is None else next(normed) for b in balls]
         qkv, out, scale = at + ".attn.qkv.weight", at + ".attn.out.weight", 1 / arb(d).sqrt()
-        cuts = [0, c["n_heads"] * d, (c["n_heads"] + c["n_kv_heads"]) * d, None]
-        Q, K, V = [(qkv, *cut) for cut in pairwise(cuts)]
-        q, q_off = self.linear(y[0].x, y[0].radius, *Q)
-        (k, k_off), (v, v_off) = (zip(*[self.linear(b.x, b.radius, *key) for b in y])
-                                  for key in (K, V))
-        q_off, v_off = length(q_off), [length(off) for off in v_off]
-        k_off = [length(off) + self.rounded(4, length(a) + b.radius * self.matrix(*K)[3], 3 * r)
-                 for off, a, b in zip(k_off, k, y)]              # angles and functions of them too
-        q_by = self.matrix(*Q)[3] * y[0].radius + q_off
-        k_by, v_by = ([self.matrix(*key)[3] * b.radius + off for b, off in zip(y, offs)]
-                      for key, offs in ((K, k_off), (V, v_off)))
         x, inner, varies, J = [], [], [], [[] for _ in balls]
         for h in range(c["n_heads"]):
             m = h // self.groups * d
-            Wq, Wk, Wv = (arb_mat(self.t[qkv][begin:begin + d])
-                          for begin in (h * d, cuts[1] + m, cuts[2] + m))
-            qh, vh = q[h * d:h * d + d], [a[m:m + d] for a in v]
-            kh = [self.turn(a[m:m + d], j) for j, a in enumerate(k)]
-            big_q, big_k = length(qh) + q_by, [length(a) + by for a, by in zip(kh, k_by)]
+            Q, K, V = ((qkv, range(i, i + d)) for i in (
+                h * d, c["n_heads"] * d + m, (c["n_heads"] + c["n_kv_heads"]) * d + m))
+            ((q, q_off, q_by),), keys, values = (
+                [self.part(b, *key) for b in of] for key, of in ((Q, y[:1]), (K, y), (V, y)))
+            k, k_off, k_by = zip(*keys)
+            v, v_off, v_by = zip(*values)
+            k = [self.turn(a, j) for j, a in enumerate(k)]
+            turning = [self.rounded(4, length(a) + by, 3 * r) for a, by in zip(k, k_by)]
+            k_off, k_by = ([o + e for o, e in zip(of, turning)] for of in (k_off, k_by))
+            big_q, big_k = length(q) + q_by, [length(a) + by for a, by in zip(k, k_by)]
             off = length([scale * (big_q * o + a * q_off) + self.rounded(d, scale * big_q * a)
                           for o, a in zip(k_off, big_k)])
-            by = length([scale * (big_q * b + a * q_by) for b, a in zip(k_by, big_k)])
-            p, p_off = self.softmax([scale * total(a * b for a, b in zip(qh, one)) for one in kh],
-                                    off, by)
-            second = length([scale * q_by * b for b in k_by]) / 2 + by ** 2 / 2
-            by, second = (by, second) if r > 1 else (ZERO, ZERO)
-            mean = [total(a * b[i] for a, b in zip(p, vh)) for i in range(d)]
-            big_v = length([length(a) + b for a, b in zip(vh, v_by)])
+            # slopes of the scores by y_0, without what they have in common, and by y_j
+            Wq, Wk, Wv = (self.matrix(*key)[0] for key in (Q, K, V))
+            by_first = [arb_mat([a]) * Wq * scale for a in k]
+            by_slot = [arb_mat([self.turn(q, -j)]) * Wk * scale for j in range(r)]
+            common = sum(by_first[1:], by_first[0]) / r
+            moved = [a - common + (by_slot[0] if j == 0 else 0 * common)
+                     for j, a in enumerate(by_first)]
+            both = length([scale * q_by * b for b in k_by])
+            by = both + length([length(a.entries()) * y[0].radius
+                                + (length(e.entries()) * b.radius if j else ZERO)
+                                for j, (a, e, b) in enumerate(zip(moved, by_slot, y))])
+            p, p_off, steep, bent = self.softmax(
+                [scale * total(a * b for a, b in zip(q, one)) for one in k], off, by)
+            mean = [total(a * b[i] for a, b in zip(p, v)) for i in range(d)]
+            big_v = length([length(a) + b for a, b in zip(v, v_by)])
             x += mean
-            inner.append((p_off + second) * big_v + self.rounded(r, big_v) + by / 2 * length(v_by))
-            varies.append(by / 2 * big_v)
-            query = arb_mat(d, c["dim"])
-            for j, a in enumerate(vh):                   # of the mixed value by each slot's input
-                pull = arb_mat([[scale * p[j] * (b - e)] for b, e in zip(a, mean)])
-                J[j] += (Wv * p[j] + pull * (arb_mat([self.turn(qh, -j)]) * Wk)).tolist()
-                query += pull * (arb_mat([kh[j]]) * Wq)
-            J[0][-d:] = (arb_mat(J[0][-d:]) + query).tolist()
-        wide = arb(self.groups).sqrt()
-        off = length(inner) + wide * length(v_off)
+            inner.append((p_off + steep * both + bent * by ** 2 / 2) * big_v
+                         + self.rounded(r, big_v) + steep * by * length(v_by) + length(v_off))
+            varies.append(steep * by * big_v + length(v_by))
+            pull = [arb_mat([[w * (b - e)] for b, e in zip(a, mean)]) for w, a in zip(p, v)]
+            slopes = [Wv * w + of * e for w, of, e in zip(p, pull, by_slot)]
+            slopes[0] += sum((of * e for of, e in zip(pull[1:], by_first[1:])),
+                             pull[0] * by_first[0])
+            for rows, slope in zip(J, slopes):
+                rows += slope.tolist()
+        off = length(inner)
         W, _, _, steep, _ = self.matrix(out)
-        f, f_off = self.linear(x, length(varies) + wide * length(v_by) + off, out)
+        f, f_off = self.linear(x, length(varies) + off, out)
         slopes = [W * arb_mat(of) for of, b in zip(J, balls) if b is not None]
         return self.residual(self.step(f, slopes, steep * off + length(f_off)), norms, there)
+
+    def part(self, b, *key):
+        """Of some rows of W: W x, its rounding, and how far it varies."""
+        x, off = self.linear(b.x, b.radius, *key)
+        return x, length(off), self.matrix(*key)[3] * b.radius + length(off)
 
     def turn(self, x, j):
         """RoPE: the pairs of x by the angles of slot j."""
@@ -278,21 +307,23 @@ class Model:
                  for a, v, o, w in zip(offs, bias, z, W)]
         clear = [[score[i] - score[j] > apart(W, i, j) * r + loose[i] + loose[j]
                   for j in range(n)] for i in range(n)]
-        down, by = (ffn + "down", None, None, True), self.matrix(ffn + "router.weight")[3] * r
+        by = self.matrix(ffn + "router.weight")[3] * r
         for chosen in combinations(range(n), k):
             if any(clear[j][i] for i in chosen for j in set(range(n)) - set(chosen)):
                 continue
-            p, off = self.softmax([z[i] for i in chosen], length(offs), by)
-            few, at_z = by if k > 1 else ZERO, dict(zip(chosen, p))
-            gates = [at_z.get(e, ZERO) for e in range(n) for _ in range(wide)]
-            _, f = self.unit(y, (ffn + "gate_up",), down, (gates, few / 2, few ** 2 / 2, off))
+            p, off, steep, bent = self.softmax([z[i] for i in chosen], length(offs), by)
+            rows = [e * wide + i for e in chosen for i in range(wide)]
+            up = ffn + "gate_up", (*rows, *(n * wide + i for i in rows))
+            down = ffn + "down", tuple(rows), True
+            gates = [w for w in p for _ in range(wide)]
+            _, f = self.unit(y, up, down, (gates, steep * by, bent * by ** 2 / 2, off))
             J, x, off = f.J[0], f.x, f.off
             if k > 1:                                    # and by the gates
-                h, _ = self.unit(y, (ffn + "gate_up",), down)
-                mean = [total(at_z[e] * W[e][m] for e in chosen) for m in range(c["dim"])]
-                for e in chosen:
-                    part = arb_mat([[a if i // wide == e else ZERO] for i, a in enumerate(h)])
-                    J += self.matrix(*down)[0] * part * at_z[e] * arb_mat(
+                h, _ = self.unit(y, up, down)
+                mean = [total(w * W[e][m] for w, e in zip(p, chosen)) for m in range(c["dim"])]
+                for one, (w, e) in enumerate(zip(p, chosen)):
+                    part = arb_mat([[a if i // wide == one else ZERO] for i, a in enumerate(h)])
+                    J += self.matrix(*down)[0] * part * w * arb_mat(
                         [[a - v for a, v in zip(W[e], mean)]])
             for i in range(c["n_shared_experts"]):
                 _, more = self.unit(y, (f"{ffn}shared.{i}.gate_up.weight",),
@@ -321,12 +352,18 @@ class Model:
 
     def loop(self, z):
         """The states that the loop makes of z_0, with the others in its slots."""
-        for h in self.mixtures(self.attention(z, "recurrent.block")):
+        x = self.attention(z, "recurrent.block")
+        for h in self.mixtures(x if self.c["codes"] else x.shaped()):
             yield self.normed(h, "recurrent.loop_norm") if self.c["loop_norm"] else h
 
-    def to_code(self, z, code):
-        halves = [-total(a * a for a in row) / 2 for row in self.t["recurrent.codes"]]
-        return lowest(self.lead(h, "recurrent.codes", halves, code) for h in self.loop(z))
+    def arrives(self, z, to):
+        """By how many times its bound what the loop makes of z is nearest to a code, at least; or
+        how often it fits into a ball."""
+        if self.c["codes"]:
+            halves = [-total(a * a for a in row) / 2 for row in self.centres]
+            return lowest(self.lead(h, "recurrent.codes", halves, to) for h in self.loop(z))
+        return lowest(float((self.radius / (h.radius + length(
+            [a - b for a, b in zip(h.x, self.centres[to])]))).lower()) for h in self.loop(z))
 
     def behind(self, before, letter):
         """What a strict loop reads: a state and a letter."""
@@ -335,27 +372,18 @@ class Model:
         error = before.error + e.error + self.rounded(1, length(x) + before.radius + e.radius)
         return [self.normed(Ball(x, error, before.along), "recurrent.norm")]
 
-    def follows(self, before, letter, code):
-        """Of a strict model: the code before, or None, and a letter."""
-        before = [ZERO] * self.c["dim"] if before is None else self.t["recurrent.codes"][before]
-        return self.to_code(self.behind(Ball(before), letter), code)
+    def follows(self, before, letter, to):
+        """Of a strict model: the state before and a letter, and the state that they lead to."""
+        return self.arrives(self.behind(self.state(before), letter), to)
 
-    def moves(self, ball, letter, to, centres, radius):
-        """Of one without codes: a ball, or None, and a letter, that go into another ball."""
-        n = self.c["dim"]
-        before = (Ball([ZERO] * n) if ball is None
-                  else Ball(centres[ball], ZERO, radius * identity(n)))
-        return lowest(float((radius / (length([a - b for a, b in zip(h.x, centres[to])])
-                                       + h.radius)).lower())
-                      for h in self.loop(self.behind(before, letter)))
+    def multiplies(self, kind, row, to):
+        """Of a dilated one: letters or states, the earliest first, and their product."""
+        z = [self.normed(self.tokens(a + 1), "recurrent.norm") if kind == "letters"
+             else self.read(a) for a in reversed(row)]
+        return self.arrives(z + [None] * (self.c["dilation"] - len(z)), to)
 
-    def multiplies(self, row, code, letters):
-        """Of a dilated one: letters or codes, the earliest first."""
-        z = [self.normed(self.tokens(a + 1), "recurrent.norm") if letters else self.read(a)
-             for a in reversed(row)]
-        return self.to_code(z + [None] * (self.c["dilation"] - len(z)), code)
-
-    def answers(self, b, token):
+    def answers(self, state, token):
+        b = Ball(self.centres[state], self.radius)
         for i in range(self.c["coda_layers"]):
             b = self.feed(self.attention([b], f"coda.{i}"), f"coda.{i}")
         return self.lead(self.normed(b, "norm"), "embed.weight",
@@ -395,7 +423,7 @@ def read(folder):
         width = t["shape"][-1] if t["shape"] else 1
         numbers = memoryview(t["data"]).cast("d" if t["dtype"] == "F64" else "f").tolist()
         rows[name] = [[arb(a) for a in numbers[i:i + width]] for i in range(0, len(numbers), width)]
-    return Model(config, rows, certificate["arithmetic"]), certificate
+    return Model(config, rows, certificate["arithmetic"], certificate["table"]), certificate
 
 
 def check(folder, progress=lambda done, of: None):
@@ -446,17 +474,9 @@ def strict(model, asked, table):
             require(new in answer and answer[new] == right, f"{where}: is not answered {right}")
             require((new, asked["next_state"][own][letter]) in after, f"{where}: goes nowhere")
             require(goes.setdefault((state, letter), new) == new, f"{where}: goes two ways")
-    said = [(f"letter {letter} behind state {state}", (state, letter, new))
-            for (state, letter), new in goes.items()]
-    if model.c["codes"]:
-        return [*((what, lambda m, way=way: m.follows(*way)) for what, way in said),
-                *_answers(answer)]
-    require(all(len(row) == model.c["dim"] for row in table["centres"]) and table["radius"] > 0,
-            "balls of another space, or of none")
-    centres, radius = [[arb(a) for a in row] for row in table["centres"]], arb(table["radius"])
-    return [*((what, lambda m, way=way: m.moves(*way, centres, radius)) for what, way in said),
-            *((f"the answer in ball {ball}", lambda m, b=ball, to=token:
-               m.answers(Ball(centres[b], radius), to)) for ball, token in answer.items())]
+    return [*((f"letter {letter} behind state {state}",
+               lambda m, way=(state, letter, new): m.follows(*way))
+              for (state, letter), new in goes.items()), *_answers(answer)]
 
 
 def dilated(model, asked, table):
@@ -482,25 +502,25 @@ def dilated(model, asked, table):
     full, met = {letters[row] for row in of_letters[-1]}, set()
     while (frozenset(full), frozenset(begun)) not in met:
         met.add((frozenset(full), frozenset(begun)))
-        for code in begun:
+        for code in begun if model.c["codes"] else ():
             require(products.get((code,)) == code, f"code {code} does not rest")
         longer = go(list(product(full, repeat=r)), products, meaning)
         begun |= set().union(*(go([(c, *row) for c in begun for row in product(full, repeat=m - 1)],
-                                  products, meaning) for m in range(2, r + 1)))
+                                  products, meaning) for m in range(1, r + 1)))
         full = longer
     answer = dict(table["answers"])
     for code in begun:
         require(answer.get(code) == meaning[code][asked["start"]][1],
                 f"code {code} is not answered {meaning[code][asked['start']][1]}")
-    return [*((f"the product of {name[:-1]}s {row}", lambda m, a=row, to=code, of=name:
-               m.multiplies(a, to, of == "letters")) for name, known in
-              (("letters", letters), ("products", products)) for row, code in known.items()),
+    return [*((f"the product of {kind} {row}", lambda m, a=(kind, row, code): m.multiplies(*a))
+              for kind, known in (("letters", letters), ("states", products))
+              for row, code in known.items()),
             *_answers({code: answer[code] for code in begun})]
 
 
 def _answers(answer):
-    return [(f"the answer behind code {code}", lambda m, a=code, to=token:
-             m.answers(Ball(m.t["recurrent.codes"][a]), to)) for code, token in answer.items()]
+    return [(f"the answer behind state {state}", lambda m, a=(state, token): m.answers(*a))
+            for state, token in answer.items()]
 
 
 def main(argv):

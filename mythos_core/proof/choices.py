@@ -1,4 +1,5 @@
-"""What a model with codes chooses in a context, by float64 and with certainty."""
+"""The states of a proof: codes, and which of them a model chooses in a context, by float64 and with
+certainty. `proof.invariant` has balls in their place."""
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,11 +29,12 @@ def with_codes(model: OpenMythos, codes: Tensor | None) -> OpenMythos:
     return copy.eval()
 
 
-class Judged:
-    """The choices that a model with codes makes, by its weights in float64; and, once they are
-    measured, how clear they are.
+class Codes:
+    """The codes of a model, which of them it chooses, by its weights in float64; and, once that is
+    measured, how clear the choices are.
 
     Attributes:
+        codes: (n, dim).
         margins: by kind, the least by which a choice is clear, in float64: of a state its distance
             from the border of its code's cell, of an answer its logit's lead, of the experts the
             lead of their scores over the best one left out.
@@ -42,6 +44,10 @@ class Judged:
         branched: how often that was so.
     """
 
+    exact = True                # a code that stays is the same bits
+    most_products = 2_000_000
+    fault = ""
+
     def __init__(self, model: OpenMythos, arithmetic: str):
         self.model, self.codes = model, model.recurrent.codes
         # on the CPU: not every device has float64
@@ -50,6 +56,11 @@ class Judged:
         self.margins = dict.fromkeys(MARGINS.values(), 0.0)
         self.safety, self.branched = {"state": 0.0, "logit": 0.0}, 0
         self._made: list[tuple[Callable, list, Tensor]] = []
+
+    @property
+    def places(self) -> dict:
+        """What a table says of where the states are: the codes are among the weights."""
+        return {}
 
     def choose(self, evaluate: Callable[[OpenMythos, list], Scores], part: list) -> list[int]:
         """What the judge chooses by `evaluate`, one of the functions below, in each context of the

@@ -28,9 +28,10 @@ Experts = Bool[Tensor, "n experts"]
 class Enclosure(Arithmetic):
     """The blocks of a float64 model on balls, for a model that computes in `arithmetic`."""
 
-    def unit(self, y: Ball, gate_up: Tensor, down: Tensor, gates: tuple | None = None) -> Step:
-        """down(silu(gate y) * up y), where `gates` weigh the channels: (weights, what they vary by
-        in all, to the second order, by rounding)."""
+    def unit(self, y: Ball, gate_up: Tensor, down: Tensor, gates: tuple | None = None,
+             experts: int = 1) -> Step:
+        """down(silu(gate y) * up y), where `gates` weigh the channels of so many `experts`:
+        (weights, what they vary by in all, to the second order, by rounding)."""
         r = y.radius
         gate, up = (y.x @ gate_up.T).chunk(2, -1)
         g_off, u_off = self.product(y.x, r, gate_up).chunk(2, -1)
@@ -52,7 +53,9 @@ class Enclosure(Arithmetic):
             more = w_by * length(by) + most * (w_second + w_off) + length(off) * w_by
             h, off, second = w * h, w * off + self.rounding(self.store, h.abs() + by), w * second
             by_gate, by_up, varies = w * by_gate, w * by_up, varies + most * w_by
-        left_out = (self.bound(down) * (length(off) + more) + length(second @ down.abs().T)
+        each = length(off.unflatten(-1, (experts, -1))).squeeze(-1)  # those not chosen have none
+        through = (each * self.bound(down.unflatten(1, (experts, -1)).movedim(1, 0))).sum(-1, True)
+        left_out = (through + self.bound(down) * more + length(second @ down.abs().T)
                     + length(self.product(h, varies, down)))
         return Step(h @ down.T, [_gated(down, gate_up, by_gate, by_up)], left_out)
 
@@ -68,12 +71,10 @@ class Enclosure(Arithmetic):
         """With these experts for each context."""
         c, W = m.config, m.router.weight
         off, by = length(self.product(y.x, y.radius, W)), self.bound(W) * y.radius
-        p, p_off = self.softmax((y.x @ W.T).masked_fill(~chosen, -torch.inf), off, by)
-        if c.n_experts_per_tok == 1:                             # its weight is 1
-            by, p_off = 0 * by, 0 * p_off
+        p, p_off, steep, bent = self.softmax((y.x @ W.T).masked_fill(~chosen, -torch.inf), off, by)
         down, gate_up = m.down.flatten(0, 1).T, m.gate_up.flatten(0, 2)
-        out = self.unit(y, gate_up, down, (p.repeat_interleave(c.expert_dim, -1), by / 2,
-                                           by ** 2 / 2, p_off))
+        out = self.unit(y, gate_up, down, (p.repeat_interleave(c.expert_dim, -1), steep * by,
+                                           bent * by ** 2 / 2, p_off), c.n_experts)
         if c.n_experts_per_tok > 1:                              # dp_e = p_e (w_e - sum_k p_k w_k)
             gate, up = (y.x @ gate_up.T).chunk(2, -1)
             each = (F.silu(gate) * up).unflatten(-1, (c.n_experts, -1))
@@ -99,31 +100,50 @@ class Enclosure(Arithmetic):
         qx = q.unflatten(-1, (c.n_kv_heads, groups, 1, d))                   # (n, KV, G, 1, d)
         kx = rotate(keys.unflatten(-1, (c.n_kv_heads, d)), turn).movedim(-3, -2).unsqueeze(-3)
         vx = values.unflatten(-1, (c.n_kv_heads, d)).movedim(-3, -2).unsqueeze(-3)
-        q_off, k_off, v_off = (length(self.product(y if i else y[:, :1], r if i else r[:, :1], W))
-                               for i, W in enumerate((Wq, Wk, Wv)))
+        # (n, KV, G, slots): how far each varies, and its rounding
+        (q_by, q_off), (k_by, k_off), (v_by, v_off) = (
+            [x.unflatten(1, (c.n_kv_heads, -1)) for x in self.heads(y[:, :of], r[:, :of], W, d)]
+            for W, of in ((Wq, 1), (Wk, n), (Wv, n)))
         # angles are rounded, and their functions, of which two products are added and stored
         turning = (2 * FUNCTION + (n - 1) * (2 * FUNCTION + 3) + 3) * self.sums + self.store
-        k_off = k_off + turning * (length(keys) + self.bound(Wk) * r + k_off)
-        q_by, k_by, v_by = (_by_head(self.bound(W) * (r if i else r[:, :1]) + off)
-                            for i, (W, off) in enumerate(((Wq, q_off), (Wk, k_off), (Wv, v_off))))
-        q_off, k_off, v_off = (_by_head(off) for off in (q_off, k_off, v_off))
-        big_q, big_k, big_v = (length(x).squeeze(-1) + by                    # (n, KV, G, slots)
+        k_off = k_off + turning * (length(kx).squeeze(-1) + k_by + k_off)
+        q_by, k_by, v_by = q_by + q_off, k_by + k_off, v_by + v_off
+        big_q, big_k, big_v = (length(x).squeeze(-1) + by
                                for x, by in ((qx, q_by), (kx, k_by), (vx, v_by)))
         off = length(scale * (big_q * k_off + big_k * q_off)
                      + self.rounding(self.gamma(d + 2) + self.store, scale * big_q * big_k))
-        by = length(scale * (big_q * k_by + big_k * q_by))       # how far the scores vary
-        p, p_off = self.softmax((qx * kx).sum(-1) * scale, off, by)
-        second = length(scale * q_by * k_by) / 2 + by ** 2 / 2
-        if n == 1:                                               # the one weight is 1
-            by, p_off, second = 0 * by, 0 * p_off, 0 * second
-        wide, spread = length(big_v), groups ** 0.5
-        mixed = (p.unsqueeze(-1) * vx).sum(-2).flatten(-3)
-        inner = (_over_heads((p_off + second + self.gamma(n + 1)) * wide + by / 2 * length(v_by))
-                 + spread * length(v_off).flatten(1))
-        varies = _over_heads(by / 2 * wide) + spread * length(v_by).flatten(1) + inner
-        out = m.out.weight
-        left_out = self.bound(out) * inner + length(self.product(mixed, varies, out))
-        return Step(mixed @ out.T, _slot_slopes(m, turn, qx, kx, vx, p), left_out)
+        # how far the scores vary: the first slot is the query's too; what all scores have in common
+        # makes no difference
+        by_query, by_key = _score_slopes(Wq, Wk, turn, qx, kx, scale)    # (n, KV, G, slots, dim)
+        by_first, bilinear = by_query - by_query.mean(-2, keepdim=True), length(scale * q_by * k_by)
+        by_first[..., 0, :] += by_key[..., 0, :]
+        others = length(by_key[..., 1:, :]).squeeze(-1) * r[:, None, None, 1:, 0]
+        by = length(length(by_first).squeeze(-1) * r[:, None, None, :1, 0]
+                    + F.pad(others, (1, 0))) + bilinear
+        p, p_off, steep, bent = self.softmax((qx * kx).sum(-1) * scale, off, by)
+        second = steep * bilinear + bent * by ** 2 / 2
+        wide, v_off, v_by = (length(x) for x in (big_v, v_off, v_by))
+        inner = (_over_heads((p_off + second + self.gamma(n + 1)) * wide + steep * by * v_by)
+                 + groups ** 0.5 * _over_heads(v_off))
+        varies = _over_heads(steep * by * wide) + groups ** 0.5 * _over_heads(v_by) + inner
+        mixed = (p.unsqueeze(-1) * vx).sum(-2)
+        # with v = sum_j p_j v_j: dv = sum_j p_j (dv_j + (v_j - v) dz_j), in each head
+        W = m.out.weight.unflatten(1, (c.n_kv_heads, groups, d))
+        pull = torch.einsum("okgd,...kgjd->...okgj", W,
+                            p.unsqueeze(-1) * (vx - mixed.unsqueeze(-2)))
+        slopes = [torch.einsum("okgd,...kg,kdi->...oi", W, p[..., j], Wv.unflatten(0, (-1, d)))
+                  + torch.einsum("...okg,...kgi->...oi", pull[..., j], by_key[..., j, :])
+                  for j in range(n)]
+        slopes[0] = slopes[0] + torch.einsum("...okgj,...kgji->...oi", pull, by_query)
+        mixed, W = mixed.flatten(-3), m.out.weight
+        left_out = self.bound(W) * inner + length(self.product(mixed, varies, W))
+        return Step(mixed @ W.T, slopes, left_out)
+
+    def heads(self, y: Tensor, r: Tensor, W: Tensor, d: int) -> tuple[Tensor, Tensor]:
+        """Of each head's rows of W, (n, heads, slots): how far they vary in a ball; rounding."""
+        rows = W.unflatten(0, (-1, d))
+        off = length(self.product(y, r, W).unflatten(-1, (-1, d))).squeeze(-1)
+        return (self.bound(rows) * r).mT, off.mT
 
     def residual(self, f: Step, norms: list[Step], of: Sequence[Ball]) -> Ball:
         """of_0 + f(norms(of))."""
@@ -180,13 +200,18 @@ class Enclosed:
 
     def combine(self, part: list[tuple[tuple[str, int], ...]], chosen: Tensor) -> Tensor:
         """Of a dilated model the codes chosen for rows of m operands, all letters or all codes."""
+        first, *others = self.operands(part, Ball.exact(self.codes))
+        return self._lead(first, others, chosen)
+
+    def operands(self, part: list[tuple[tuple[str, int], ...]], states: Ball) -> list[Ball | None]:
+        """What a dilated loop reads in each slot, the latest first, where it has rows of operands,
+        all letters or all `states` by number; None for nothing."""
         kind, r = part[0][0][0], self.model.config.dilation
-        of = self.tokens if kind == "letter" else Ball.exact(self.codes)
-        z = self.maths.normed(of, self.loop.norm)
+        z = self.maths.normed(self.tokens if kind == "letter" else states, self.loop.norm)
         numbers = torch.tensor([[number + (kind == "letter") for _, number in row]
                                 for row in part])
-        there = [z[column] for column in numbers.flip(1).T]      # the latest first
-        return self._lead(there[0], [*there[1:], *[None] * (r - len(there))], chosen)
+        there = [z[column] for column in numbers.flip(1).T]
+        return [*there, *[None] * (r - len(there))]
 
     def decode(self, part: list[int], chosen: Tensor) -> Tensor:
         """The answers chosen behind codes."""
@@ -205,7 +230,7 @@ class Enclosed:
         and their states, by each set of experts that is possible there."""
         block = self.loop.block
         for rows in torch.arange(len(z.x)).split(PART):
-            x = self.maths.attend(z[rows], [b and b[rows] for b in others], block)
+            x = self.maths.attend(z[rows], [b and b[rows] for b in others], block).shaped()
             beats = self.maths.beats(self.maths.normed(x, block.ffn_norm), block.ffn)
             sets = [list(_possible(each, block.ffn.config.n_experts_per_tok)) for each in beats]
             self.branched += sum(len(of) > 1 for of in sets)
@@ -216,6 +241,15 @@ class Enclosed:
                 if isinstance(self.loop.loop_norm, RMSNorm):
                     h = self.maths.normed(h, self.loop.loop_norm)
                 yield rows[of], h
+
+    def image(self, z: Ball, others: Sequence[Ball | None]) -> Ball:
+        """The same in one ball each, by whatever experts."""
+        x, error = torch.full_like(z.x, torch.nan), torch.zeros_like(z.error)
+        for rows, state in self.states(z, others):
+            first = x[rows].isnan()
+            x[rows] = torch.where(first, state.x, x[rows])
+            error[rows] = torch.maximum(error[rows], length(state.x - x[rows]) + state.radius)
+        return Ball(x, error)
 
     def _lead(self, z: Ball, others: Sequence[Ball | None], chosen: Tensor) -> Tensor:
         out = torch.full((len(chosen),), torch.inf, dtype=z.x.dtype)
@@ -253,30 +287,13 @@ def _gated(down, gate_up, by_gate, by_up) -> Float[Tensor, "n out dim"]:
     return (down @ rows.flatten(1)).view(len(down), len(by_gate), -1).movedim(0, 1)
 
 
-def _slot_slopes(m: GQA, turn, qx, kx, vx, p) -> list[Float[Tensor, "n out dim"]]:
-    """With v = sum_j p_j v_j: Out_h sum_j p_j (v_j - v) (scale k_j)^T W_q by the query's input, and
-    Out_h p_j [W_v + (v_j - v) (scale q)^T R_j W_k] by that of slot j; the first slot is both."""
-    c, d = m.config, m.head_dim
-    Wq, Wk, Wv = (W.unflatten(0, (-1, d)) for W in m.qkv.weight.split(
-        [n * d for n in (c.n_heads, c.n_kv_heads, c.n_kv_heads)]))
-    out = m.out.weight.unflatten(1, (c.n_kv_heads, -1, d))                   # (dim, KV, G, d)
-    v = (p.unsqueeze(-1) * vx).sum(-2, keepdim=True)
-    pull = torch.einsum("okgd,...kgjd->...kgjo", out, p.unsqueeze(-1) * (vx - v) * d ** -0.5)
-    slopes = []
-    for j in range(p.shape[-1]):
-        R = rotate(Wk.permute(2, 0, 1).unsqueeze(1).contiguous(),
-                   turn[j:j + 1]).squeeze(1).permute(1, 2, 0)                # (KV, d, dim)
-        by_value = torch.einsum("okgd,...kg,kdi->...oi", out, p[..., j], Wv)
-        by_key = torch.einsum("...kgo,...kgd,kdi->...oi", pull[..., j, :], qx.squeeze(-2), R)
-        slopes.append(by_value + by_key)
-    slopes[0] = slopes[0] + torch.einsum("...kgjo,...kjd,kgdi->...oi", pull, kx.squeeze(-3),
-                                         Wq.unflatten(0, (c.n_kv_heads, -1)))
-    return slopes
-
-
-def _by_head(x: Tensor) -> Float[Tensor, "n 1 1 slots"]:
-    """One number a slot, (n, slots, 1), for all heads."""
-    return x.flatten(1)[:, None, None]
+def _score_slopes(Wq, Wk, turn, qx, kx, scale: float) -> tuple[Tensor, Tensor]:
+    """Of the score scale (W_q y_0) . (R_j W_k y_j) of each head and slot: by y_0, and by y_j."""
+    kv, groups, d = qx.shape[1], qx.shape[2], qx.shape[-1]
+    turned = rotate(Wk.T.contiguous().unflatten(1, (1, kv, d)).expand(-1, len(turn), -1, -1), turn)
+    return (torch.einsum("...kjd,kgdi->...kgji", scale * kx.squeeze(-3),
+                         Wq.unflatten(0, (kv, groups, d))),
+            torch.einsum("...kgd,ijkd->...kgji", scale * qx.squeeze(-2), turned))
 
 
 def _over_heads(x: Float[Tensor, "n kv groups 1"]) -> Float[Tensor, "n 1"]:

@@ -47,16 +47,16 @@ LADDER: dict[str, Any] = dict(steps=1000, decay=0.3)
 
 def variant(name: str) -> Recipe:
     """The recipe of a variant; or "machine NAME" for that of a machine of `machines.machine`, and
-    "doubling machine NAME" or "contracting machine NAME" for those of its other models; or "task
-    NAME of N" for that of a task of `tasks.task` on what is complete within N elements. ValueError
+    "doubling machine NAME", "contracting machine NAME" or "contracting doubling machine NAME" for
+    those of its other models; or "task NAME of N" for that of a task of `tasks.task` on what is complete within N elements. ValueError
     listing the names there are.
     """
     if name.startswith("machine "):
         return recipe_for(machine(name.removeprefix("machine ")))
     if name.startswith("doubling machine "):
         return doubling_recipe(machine(name.removeprefix("doubling machine ")))
-    if name.startswith("contracting machine "):
-        return contracting_recipe(machine(name.removeprefix("contracting machine ")))
+    if match := re.fullmatch(r"contracting (doubling )?machine (.+)", name):
+        return contracting_recipe(machine(match[2]), doubling=bool(match[1]))
     if match := re.fullmatch(r"task (.+) of (\d+)", name):
         return recipe_for(task(match[1]).bounded(int(match[2])), **LADDER)
     if name not in VARIANTS:

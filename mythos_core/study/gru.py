@@ -82,9 +82,11 @@ def balls_row(recipe: Recipe, seed: int, device=None) -> dict:
     proof of its weights as trained."""
     recipe = budgeted(recipe)
     model, history = fit(GRU, recipe, seed, device)
-    found, asked = invariant(GRUCell(model), recipe.machine.minimal()), recipe.machine.minimal()
-    proved = found.closed and found.safety["logit"] > 1
-    return {"proved": proved, "reason": found.fault, "balls": len(found.codes),
-            "radius": found.radius, "same_machine": found.closed and found.machine() == asked,
+    asked = recipe.machine.minimal()
+    found = invariant(GRUCell(model), asked)
+    balls = found.states
+    return {"proved": found.closed and balls.safety["logit"] > 1, "reason": found.fault,
+            "balls": len(balls.codes), "radius": balls.radius,
+            "same_machine": found.closed and found.machine() == asked,
             "steps": len(history), "accuracy": history[-1]["accuracy"],
             "parameters": count(model), "recipe": recipe.as_dict()}

@@ -10,6 +10,7 @@ from torch import Tensor
 from mythos_core.model.cache import KVCache
 from mythos_core.model.model import OpenMythos
 from mythos_core.proof.certificate import certify
+from mythos_core.proof.choices import Codes
 from mythos_core.proof.closure import Closure
 from mythos_core.tasks.automaton import NOT_ASKED
 from mythos_core.tasks.machines import Machine
@@ -72,7 +73,7 @@ def proof_row(run: Run | NotProved) -> dict:
 def _in_short(certificate) -> dict:
     """A certificate's summary without its tables, and the radius of balls, if it has some."""
     long = ("assumed", "asked", "machine", "table", "weights")
-    radius = getattr(certificate.closure, "radius", None)
+    radius = getattr(certificate.closure.states, "radius", None)
     return {name: value for name, value in certificate.summary().items() if name not in long} | (
         {} if radius is None else {"radius": radius})
 
@@ -143,7 +144,8 @@ def ladder_row(run: Run | NotProved) -> dict:
         lengths[str(length)] = {"strings": len(ids), "whole": int(right.all(1).sum()),
                                 "token": right.float().mean().item(),
                                 "first_wrong": int(wrong[0]) if len(wrong) else None}
-    closure = Closure(certificate.model, machine.letters, unbounded).run()
+    closure = Closure(Codes(certificate.model, certificate.arithmetic), machine.letters,
+                      unbounded).run()
     return {"states": len(machine), "moves": int((machine.answer != NOT_ASKED).sum()),
             "certificate": _in_short(certificate), "steps": len(run.history), "lengths": lengths,
             "closure": {"contexts": len(closure.seen), "elements": closure.length,

@@ -10,6 +10,7 @@ import argparse
 import signal
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -116,8 +117,8 @@ def _train(args) -> list[Run]:
 
 def _recipe(args) -> Recipe:
     """The recipe that is asked for."""
-    make = (doubling_recipe if args.doubling else
-            contracting_recipe if args.contracting else recipe_for)
+    make = (partial(contracting_recipe, doubling=args.doubling) if args.contracting else
+            doubling_recipe if args.doubling else recipe_for)
     recipe = get_recipe(args.recipe) if args.recipe else make(machine(args.machine))
     return recipe if args.steps is None else replace(recipe, steps=args.steps)
 
@@ -129,12 +130,11 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--recipe", help=f"one of {sorted(RECIPES)}")
     what.add_argument("--machine", help="train until it is proved to be this machine, such as S3, "
                                         "even-pairs, divisible-by-7, or 'regex:(ab)*c'")
-    loop = parser.add_mutually_exclusive_group()
-    loop.add_argument("--doubling", action="store_true",
-                      help="train a loop for --machine that doubles its reach with each loop, not "
-                           "a strict one")
-    loop.add_argument("--contracting", action="store_true",
-                      help="train a strict loop for --machine that is proved without rounding")
+    parser.add_argument("--doubling", action="store_true",
+                        help="train a loop for --machine that doubles its reach with each loop, "
+                             "not a strict one")
+    parser.add_argument("--contracting", action="store_true",
+                        help="train a loop for --machine that is proved without rounding")
     parser.add_argument("--seed", type=seeds, default=[0], metavar="SEED",
                         help="a number; or of a machine's recipe FIRST:END, trained together, each "
                              f"into its own folder of --out, at most {MOST_SEEDS}")

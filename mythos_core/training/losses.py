@@ -96,7 +96,8 @@ def apart(h: Float[Tensor, "n dim"], label: Int[Tensor, "n"], labels: int, least
     return F.relu(least - distance.amin(1).clamp(min=1e-6).sqrt()).mean()
 
 
-def steepness(step: Callable, x: Float[Tensor, "n dim"], far: float = 0.1) -> Float[Tensor, ""]:
+def steepness(step: Callable, x: Float[Tensor, "n dim"], far: float | Tensor = 0.1
+              ) -> Float[Tensor, ""]:
     """Mean of |step(x + far d) - step(x)|^2 / far^2 with d the direction of 1 in which the step
     grows most, by one power iteration d = J^T J d' from a random d': below 1 it contracts."""
     x = x.detach().requires_grad_()

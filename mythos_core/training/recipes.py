@@ -57,8 +57,8 @@ class Recipe:
     balanced: bool = False
     # share of states that the next position reads as the mean of those that mean the same
     handed_on: float = 0.0
-    # weight, while the learning rate falls, of `losses.center_loss`, of a dilated model
-    # `losses.spread_ratio`, and of one that is to contract of that and of a tenth of `losses.apart`
+    # weight, while the learning rate falls, of `losses.center_loss`, and of a dilated model of
+    # `losses.spread_ratio`; of one that is to contract, whether it is told labels then
     center_loss: float = 0.0
     # weight, while the learning rate falls, of `losses.steepness`: the loop is to contract, and the
     # weights as trained are what is proved at the end of the fall
@@ -118,21 +118,6 @@ def recipe_for(machine: Machine, **changes) -> Recipe:
                      **training, **changes})
 
 
-def contracting_recipe(machine: Machine, **changes) -> Recipe:
-    """The recipe that trains a strict model until its weights as trained, not rounded, are proved
-    to be `machine`: while the learning rate falls, a loop is asked to forget what it is off by.
-
-    Args:
-        changes: as `recipe_for`.
-    """
-    # an embedding that is not dwarfed by the state, exact as it is: no prelude's rounding comes in
-    model = {"config.loop_norm": True, "config.prelude_layers": 0, "config.coda_layers": 0,
-             "config.n_experts": 1, "config.n_experts_per_tok": 1, "config.embed_std": 0.5,
-             "config.expert_dim": 64 if len(machine) <= FEW else 256}
-    return recipe_for(machine, **{"name": f"contracting-{machine.name}", "contraction": 0.3,
-                                  **model, **changes})
-
-
 def doubling_recipe(machine: Machine, **changes) -> Recipe:
     """The recipe that trains a dilated model until it is proved to be `machine`: its loops multiply
     what stretches of letters do, each loop stretches twice as long. Trained on 3 loops and 8
@@ -157,6 +142,29 @@ def doubling_recipe(machine: Machine, **changes) -> Recipe:
                     strings="touring" if machine.strings.has_traps else "uniform")
     return Recipe(**{"name": f"doubling-{machine.name}", "config": parity_config(**model),
                      "machine": machine, **training, **changes})
+
+
+def contracting_recipe(machine: Machine, doubling: bool = False, **changes) -> Recipe:
+    """The recipe that trains a strict or a doubling model until its weights as trained, unrounded,
+    are proved to be `machine`: while the learning rate falls, a loop is asked to forget what it is
+    off by.
+
+    Args:
+        changes: as `recipe_for`.
+    """
+    # an embedding that is not dwarfed by the state, exact as it is: no prelude's rounding comes in
+    model = {"config.loop_norm": True, "config.prelude_layers": 0, "config.coda_layers": 0,
+             "config.embed_std": 0.5, "config.n_experts_per_tok": 1}
+    if not doubling:
+        model |= {"config.n_experts": 1, "config.expert_dim": 64 if len(machine) <= FEW else 256}
+        return recipe_for(machine, **{"name": f"contracting-{machine.name}", "contraction": 0.3,
+                                      **model, **changes})
+    # Few channels round little. Of several experts the one that is chosen is the same all around a
+    # state: so they tell products apart, where one expert for all has to be steep.
+    model |= {"config.dim": 32, "config.n_heads": 2, "config.n_kv_heads": 2, "config.n_experts": 8,
+              "config.expert_dim": 64}
+    return doubling_recipe(machine, **{"name": f"contracting-doubling-{machine.name}",
+                                       "contraction": 6.0, **model, **changes})
 
 
 #: What the recipes that let a position read its own state, and extrapolate by luck, share: the
@@ -184,6 +192,7 @@ RECIPES = {recipe.name: recipe for recipe in (
     *(doubling_recipe(machine(name)) for name in ("parity", "Z5", "S3", "addition")),
     doubling_recipe(machine("A5-all"), name="doubling-A5"),
     *(contracting_recipe(machine(name)) for name in ("parity", "Z5", "S3", "addition")),
+    *(contracting_recipe(machine(name), doubling=True) for name in ("parity", "addition")),
     Recipe("parity-carrying", parity_config(**_MODEL, window=4, loop_noise=0.3, start_noise=4.0),
            **_TRAINING),
     *(_carrying(name, steps) for name, steps in

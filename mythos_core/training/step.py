@@ -3,7 +3,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mythos_core.model.layers import evaluated
+from mythos_core.model.layers import evaluated, evaluating
 from mythos_core.model.model import OpenMythos
 from mythos_core.tasks.automaton import NOT_ASKED
 from mythos_core.training.losses import (
@@ -91,6 +91,8 @@ def _scanned(run: Run, ids, n_loops):
     model, recipe, ctx = run.model, run.recipe, run.model.context(ids)
     monoid, states, also = recipe.machine.monoid(), [], 0.0
     products = monoid.windows(ids, n_loops, recipe.config.dilation)
+    if recipe.contraction and falling(run):
+        return _products_contracted(run, ids, products)
     e = h = model.encode(ids, ctx)
     for t, product in enumerate(products):
         h, _ = model.recurrent.step(h, e, t, ctx)
@@ -102,9 +104,49 @@ def _scanned(run: Run, ids, n_loops):
         means = means_by(*flat).view_as(h)
         common = torch.rand(*ids.shape, 1, device=ids.device) < recipe.handed_on
         h = torch.where(common, means, h)
-    logits = model.decode(torch.cat(states, 1), model.context(ids.repeat(1, n_loops)))
-    targets = monoid.answer.to(ids.device)[torch.cat(products, 1)]
-    return logits.flatten(0, 1), targets.flatten(), also
+    return *_asked(run, ids, states, products), also
+
+
+def _asked(run: Run, ids, states: list[Tensor], products: list[Tensor]):
+    """Logits after each loop, and what they are to say of these products."""
+    logits = run.model.decode(torch.cat(states, 1), run.model.context(ids.repeat(1, len(states))))
+    answers = run.recipe.machine.monoid().answer.to(ids.device)
+    return logits.flatten(0, 1), answers[torch.cat(products, 1)].flatten()
+
+
+def _products_contracted(run: Run, ids, products: list[Tensor]):
+    """`_scanned` of states that are as they are, with nothing handed on and no noise: how steep the
+    loop is where it multiplies any of them, how far those spread that mean the same, and how near
+    others come."""
+    model, ctx, states = run.model, run.model.context(ids), []
+    r = run.recipe.config.dilation
+    with evaluating(model.modules()):
+        h = model.encode(ids, ctx)
+        for t in range(len(products)):
+            h, _ = model.recurrent.combine(h, t, ctx)
+            states.append(h)
+
+        def step(x):                                 # a string of r states: the product of each
+            string = x.unflatten(-1, (r, -1))        # beginning of it
+            return model.recurrent.combine(string, 0, model.context(string))[0].flatten(1)
+
+        flat, label = torch.cat(states, 1).flatten(0, 1), torch.cat(products, 1).flatten()
+        x = flat[torch.randint(len(flat), (STEEP, r), device=flat.device)].flatten(1)
+        far = 0.02 * torch.linalg.vector_norm(x, dim=-1).mean().detach()
+        also = run.recipe.contraction * _rising(run) * steepness(step, x, far)
+    if run.recipe.center_loss:
+        # A logarithm pulls as much however small the spread is, down to a thousandth of the
+        # distance: of n balls n^2 products have to be looked at.
+        flat, known = flat / flat.square().sum(-1).mean().sqrt(), numbered(label)
+        also = also + run.recipe.center_loss * (
+            0.1 * torch.log(spread_ratio(flat, *known) + 1e-7) + 6 * apart(flat, *known, least=1.2))
+    return *_asked(run, ids, states, products), also
+
+
+def _rising(run: Run) -> float:
+    """From 0 to 1 over the first third of a fall."""
+    begin, end = fall(run.history)
+    return min(1.0, 3 * (len(run.history) - begin) / (end - begin))
 
 
 def _settled(run: Run, ids):
@@ -129,8 +171,7 @@ def _contracted(run: Run, ids, label, labels):
     def step(x):
         return loop.last(loop.norm(x.unsqueeze(1) + letters), letters)[:, 0]
 
-    flat, (begin, end) = (h.flatten(0, 1), label.flatten(), labels), fall(run.history)
-    rising = min(1.0, 3 * (len(run.history) - begin) / (end - begin))
+    flat, rising = (h.flatten(0, 1), label.flatten(), labels), _rising(run)
     also = recipe.contraction * rising * steepness(step, before[some])
     if recipe.center_loss:                       # both by labels
         also = also + recipe.center_loss * (rising * spread_ratio(*flat) + 0.1 * apart(*flat))

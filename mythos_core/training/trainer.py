@@ -171,8 +171,8 @@ def provenance(run: Run) -> dict:
 def _command(run: Run) -> str:
     """What trains the run's recipe, but for its steps and its folder."""
     recipe, name = run.recipe, shlex.quote(run.recipe.name)
-    kind = ("--doubling " if recipe.config.dilation > 1 else
-            "--contracting " if recipe.contraction else "")
+    kind = (("--doubling " if recipe.config.dilation > 1 else "")
+            + ("--contracting " if recipe.contraction else ""))
     what = (f"training --recipe {name}" if recipe.name in RECIPES
             else f"study.language --arm {name} --corpus {shlex.quote(recipe.corpus.name)} "
                  f"--dim {recipe.config.dim}" if recipe.corpus is not None

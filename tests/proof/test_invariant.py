@@ -9,7 +9,8 @@ from mythos_core import OpenMythos, certify, machine
 from mythos_core.model.model import PRETRAINED
 from mythos_core.proof.balls import Ball, length
 from mythos_core.proof.choices import with_codes
-from mythos_core.proof.invariant import Invariant, LoopCell, invariant
+from mythos_core.proof.closure import Closure
+from mythos_core.proof.invariant import Balls, LoopCell, invariant
 from mythos_core.tasks import Machine
 
 pytestmark = pytest.mark.usefixtures("without_shape_checks")
@@ -66,18 +67,18 @@ def test_states_of_any_string_lie_in_the_balls_that_its_letters_lead_to(name, dt
                 runs.append(model.recurrent(e, seq, ctx))
         ball = torch.full((batch,), -1)
         for i in range(seq):
-            ball = torch.tensor([closure.goes[None if b < 0 else b, letter] for b, letter
+            ball = torch.tensor([closure.follows[None if b < 0 else b, letter] for b, letter
                                  in zip(ball.tolist(), (ids[:, i] - 1).tolist())])
             for h in runs:
-                far = length(h[:, i].double() - closure.codes[ball])
-                assert (far <= closure.radius).all()
+                far = length(h[:, i].double() - closure.states.codes[ball])
+                assert (far <= closure.states.radius).all()
         assert torch.equal(model(ids).argmax(-1), answers)
 
 
 def test_an_image_of_a_ball_lies_where_the_step_says():
     cell, generator = LoopCell(shipped("parity"), "float32"), torch.Generator().manual_seed(0)
     x = 3 * torch.randn(8, 64, generator=generator).double()
-    along = 0.05 * torch.eye(64).double().expand(8, -1, -1)
+    along = (0.05 * torch.eye(64).double().expand(8, -1, -1),)
     with torch.no_grad():
         image = cell.step(Ball(x, torch.zeros(8, 1).double(), along), torch.zeros(8).long())
         for _ in range(20):
@@ -132,7 +133,7 @@ def test_an_untrained_model_is_refused():
 
 def test_balls_that_are_too_many_are_refused(monkeypatch):
     monkeypatch.setattr("mythos_core.proof.invariant.MOST_BALLS", 5)
-    found = Invariant(LoopCell(shipped("parity"), "float32"), machine("parity"), 0.01).run()
+    found = Closure(Balls(LoopCell(shipped("parity"), "float32"), 0.01), 2, machine("parity")).run()
     assert not found.closed and "more than 5 balls of radius 0.01 are needed" in found.fault
 
 
@@ -153,7 +154,7 @@ class Quarter:
     """A cell that a reader can check: h' = h / 4 + letter on a line, each step off by 0.001."""
 
     def __init__(self, steep=0.25):
-        self.start, self.steep, self.branched = torch.zeros(1, 1).double(), steep, 0
+        self.start, self.steep, self.model = torch.zeros(1, 1).double(), steep, None
 
     def step(self, h, letters):
         x = self.steep * h.x + letters[:, None].double()
@@ -167,10 +168,10 @@ def test_a_cell_by_hand():
     """States after letter 0 are 1/3 at most, those after letter 1 at least 1."""
     last = Machine("the last letter", torch.tensor([[0, 0]]), torch.tensor([[1, 2]]))
     found = invariant(Quarter(), last)
-    assert found.closed and found.safety["logit"] > 1 and found.machine() == last.minimal()
-    states = found.codes.flatten()
+    assert found.closed and found.states.safety["logit"] > 1 and found.machine() == last.minimal()
+    states = found.states.codes.flatten()
     assert ((states < 0.34) | (states > 0.99)).all() and (states < 1.35).all()
-    steady = Invariant(Quarter(1.0), last, 0.05).run()           # sums: no end of states
+    steady = Closure(Balls(Quarter(1.0), 0.05), 2, last).run()    # sums: no end of states
     assert not steady.closed and "does not contract enough" in steady.fault
 
 

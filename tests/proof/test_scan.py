@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from mythos_core import OpenMythos, certify, machine
 from mythos_core.proof import automaton
+from mythos_core.proof.choices import Codes
 from mythos_core.proof.scan import Scan
 from mythos_core.tasks import Machine
 from mythos_core.tasks.monoid import monoid_of
@@ -113,11 +114,11 @@ def test_a_start_that_is_not_the_identity():
 def test_a_single_wrong_product_is_seen(monkeypatch):
     """Right to 16 letters and wrong at 17, say: one entry of the table is enough."""
     model, asked = shipped("S3"), machine("S3")
-    proved = Scan(model, asked).run()
+    proved = Scan(Codes(model, "float32"), asked).run()
     assert proved.closed
     for row in [(("code", 2), ("code", 3)), (("code", 4),), (("letter", 1), ("letter", 5))]:
-        scan, right = Scan(model, asked), proved.follows[row]
-        choose = scan.choose
+        scan, right = Scan(Codes(model, "float32"), asked), proved.follows[row]
+        choose = scan.states.choose
 
         def wrong(evaluate, part, row=row, right=right, choose=choose):
             chosen = choose(evaluate, part)
@@ -125,7 +126,7 @@ def test_a_single_wrong_product_is_seen(monkeypatch):
                 chosen[part.index(row)] = (right + 1) % 6
             return chosen
 
-        monkeypatch.setattr(scan, "choose", wrong)
+        monkeypatch.setattr(scan.states, "choose", wrong)
         scan.run()
         assert not scan.closed and scan.wrong
 
@@ -161,14 +162,14 @@ def scan_of_a_model_that_multiplies(asked, r=2):
     monoid = asked.monoid()
     config = replace(shipped("parity").config, codes=len(monoid), dilation=r,
                      vocab_size=max(4, asked.vocab_size))
-    scan = Scan(OpenMythos(config), asked)
+    scan = Scan(Codes(OpenMythos(config), "float32"), asked)
 
     def choose(evaluate, part):
         if evaluate.__name__ == "decode":
             return monoid.answer[part].tolist()
         return [scan._element(row) for row in part]
 
-    scan.choose, scan.measure = choose, lambda: None
+    scan.states.choose, scan.states.measure = choose, lambda: None
     for code in range(len(monoid)):
         scan.meaning[code] = code
     return scan.run()

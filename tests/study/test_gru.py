@@ -5,7 +5,8 @@ import torch
 
 from mythos_core import machine, study
 from mythos_core.proof.balls import Ball, length
-from mythos_core.proof.invariant import Invariant
+from mythos_core.proof.closure import Closure
+from mythos_core.proof.invariant import Balls
 from mythos_core.study.gru import GRUCell
 from mythos_core.study.peers import GRU, budgeted
 from mythos_core.training.recipes import contracting_recipe
@@ -37,7 +38,7 @@ def test_points_of_a_ball_are_mapped_into_its_image(scale, radius):
                     (point, torch.cat([model.step(point[j:j + 1], letters[j:j + 1] + 1)
                                        for j in range(6)]))]
     cell = GRUCell(model)
-    along = radius * torch.eye(model.width).double().expand(6, -1, -1)
+    along = (radius * torch.eye(model.width).double().expand(6, -1, -1),)
     with torch.no_grad():
         image = cell.step(Ball(h.double(), torch.zeros(6, 1).double(), along), letters)
         for _, found in own:
@@ -50,15 +51,15 @@ def test_its_slope_is_the_jacobian():
     cell, h = GRUCell(model), (2 * torch.rand(3, model.width) - 1).double()
     letters, unit = torch.tensor([0, 1, 0]), torch.eye(model.width).double().expand(3, -1, -1)
     with torch.no_grad():
-        image = cell.step(Ball(h, torch.zeros(3, 1).double(), 1e-9 * unit), letters)
+        image = cell.step(Ball(h, torch.zeros(3, 1).double(), (1e-9 * unit,)), letters)
     found = torch.autograd.functional.jacobian(
         lambda h: model.step(h, letters + 1).sum(0), h).movedim(1, 0)
-    torch.testing.assert_close(image.along / 1e-9, found, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(image.along[0] / 1e-9, found, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(image.x, model.step(h, letters + 1).detach())
 
 
 def test_an_untrained_gru_is_refused():
-    found = Invariant(GRUCell(gru(3)), machine("parity"), 1e-3).run()
+    found = Closure(Balls(GRUCell(gru(3)), 1e-3), 2, machine("parity")).run()
     assert not found.closed and found.fault
 
 

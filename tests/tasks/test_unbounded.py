@@ -10,6 +10,7 @@ import torch
 from mythos_core import OpenMythos, study
 from mythos_core.proof import closure
 from mythos_core.proof.certificate import certify
+from mythos_core.proof.choices import Codes
 from mythos_core.proof.closure import Closure
 from mythos_core.study.proofs import ladder_row
 from mythos_core.tasks.automaton import NOT_ASKED, Machine
@@ -176,10 +177,10 @@ def counting(until):
 
 def test_the_closure_finds_the_shortest_string_that_is_answered_wrong(monkeypatch):
     model = OpenMythos.from_pretrained(PARITY)
-    found = Closure(model, 2, counting(7)).run()
+    found = Closure(Codes(model, "float32"), 2, counting(7)).run()
     assert found.length == 7 and found.wrong > 0 and not found.closed
     monkeypatch.setattr(closure, "MOST_CONTEXTS", 100)
-    endless = Closure(model, 2, counting(0)).run()       # right throughout, and counts up
+    endless = Closure(Codes(model, "float32"), 2, counting(0)).run()   # right throughout
     assert endless.wrong == 0 and not endless.closed and len(endless.seen) >= 100
 
 
