@@ -48,8 +48,8 @@ LADDER: dict[str, Any] = dict(steps=1000, decay=0.3)
 def variant(name: str) -> Recipe:
     """The recipe of a variant; or "machine NAME" for that of a machine of `machines.machine`, and
     "doubling machine NAME", "contracting machine NAME" or "contracting doubling machine NAME" for
-    those of its other models; or "task NAME of N" for that of a task of `tasks.task` on what is complete within N elements. ValueError
-    listing the names there are.
+    those of its other models; or "task NAME of N" for that of a task of `tasks.task` on what is
+    complete within N elements. ValueError listing the names there are.
     """
     if name.startswith("machine "):
         return recipe_for(machine(name.removeprefix("machine ")))
