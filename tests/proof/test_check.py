@@ -14,9 +14,10 @@ from mythos_core.proof import check
 from mythos_core.proof.check import Refused
 
 STRICT, DILATED = "parity-extrapolating", "doubling-parity"
+BALLS = "contracting-doubling-parity"
 
 
-@pytest.mark.parametrize("name", [STRICT, DILATED, "state-Z5"])
+@pytest.mark.parametrize("name", [STRICT, DILATED, BALLS, "state-Z5"])
 def test_what_ships_is_proved(name):
     said = check.check(PRETRAINED / name)
     assert said.startswith("proved: every string of every length is answered as the machine of ")
@@ -110,6 +111,17 @@ WEIGHTS = {
     "norm": (DILATED, lambda w: w["recurrent.loop_norm.weight"].neg_(), "leads by"),
 }
 CERTIFICATES = {
+    "a product of balls": (BALLS, edit("table", "products", -1, 1, lambda ball: 1 - ball), "mean"),
+    "a missing product of balls": (BALLS, edit("table", "products", lambda rows: rows[1:]),
+                                   "missing"),
+    "a ball elsewhere": (BALLS, edit("table", "centres", 0, 0, lambda x: x + 0.5), "leads by"),
+    "smaller balls": (BALLS, edit("table", "radius", lambda r: r / 20), "leads by"),
+    "balls that are too large": (BALLS, edit("table", "radius", lambda r: 20 * r), ""),
+    "a radius below 0": (BALLS, edit("table", "radius", lambda r: -r), "of none"),
+    "no radius": (BALLS, edit("table", "radius", float("nan")), "of none"),
+    "an infinite radius": (BALLS, edit("table", "radius", float("inf")), ""),
+    "an answer in a ball": (BALLS, edit("table", "answers", 0, 1, lambda token: 3 - token), ""),
+    "a narrow ball": (BALLS, edit("table", "centres", 0, lambda x: x[:-1]), "another space"),
     "not proved": (STRICT, edit("proved", False), "it says"),
     "another digest": (STRICT, edit("weights", "0" * 64), "other weights"),
     "another arithmetic": (STRICT, edit("arithmetic", "bfloat16"), "must be one of"),

@@ -34,8 +34,9 @@ def test_apart_is_what_is_missing_to_the_least_distance():
     assert apart(10 * h, label, 3) == 0
 
 
-def test_a_training_ends_with_the_proof_of_its_weights_and_nothing_rounded():
-    run = train("contracting-parity", seed=0, progress=False)
+@pytest.mark.parametrize("recipe", ["contracting-parity", "contracting-doubling-parity"])
+def test_a_training_ends_with_the_proof_of_its_weights_and_nothing_rounded(recipe):
+    run = train(recipe, seed=0, progress=False)
     assert run.certificate.proved and run.model.config.codes == 0
     assert run.certificate.machine == machine("parity").minimal()
     ids, answers = machine("parity").make_batch(4, 500, torch.Generator().manual_seed(0))
