@@ -148,7 +148,7 @@ def safeties():
         kind = file.parent.name.partition("-")[0]
         kinds["state" if kind == "parity" else kind].append(
             min(json.loads(file.read_text(encoding="utf-8"))["safety"].values()))
-    assert len(kinds["contracting"]) == 4
+    assert len(kinds["contracting"]) == 6
     return (f"at least {int(min(kinds['doubling']))} times as much in the doubling models, "
             f"{int(min(kinds['state']))} in the strict ones with codes")
 
@@ -160,7 +160,7 @@ def contracting():
     for variant in dict.fromkeys(row["variant"] for row in rows):
         of = [row for row in rows if row["variant"] == variant]
         proved = [row for row in of if row["certificate"]["proved"]]
-        name = re.sub(r"contracting (machine )?(regex:)?", "", variant)
+        name = re.sub(r"contracting |machine |regex:", "", variant)
         with_balls = (f" ({median(row['certificate']['codes'] for row in proved):.0f} balls, "
                       f"{median(row['steps'] for row in proved):.0f} steps)" if proved else "")
         said.append(f"{name} {len(proved)} of {len(of)}{with_balls}")
