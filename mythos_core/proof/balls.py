@@ -20,6 +20,7 @@ is taken 1e-9 larger.
 """
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -81,7 +82,7 @@ class Ball:
     def exact(cls, x: Float[Tensor, "*n dim"]) -> "Ball":
         return cls(x, torch.zeros_like(x[..., :1]))
 
-    @property
+    @cached_property
     def radius(self) -> Float[Tensor, "*n 1"]:
         radius = self.error * (1 + 1e-9)
         radius = radius + spectral(joined(self.along)) if self.along else radius
@@ -109,7 +110,8 @@ class Step:
 
     def of(self, *balls: Ball) -> Ball:
         """What it makes of the balls that it was made for."""
-        error = self.off + sum(spectral(J) * b.error for J, b in zip(self.J, balls))
+        error = self.off + sum(spectral(J) * b.error for J, b in zip(self.J, balls)
+                               if b.error.any())
         return Ball(self.x, error, tuple(J @ A for J, b in zip(self.J, balls) for A in b.along))
 
 

@@ -11,8 +11,8 @@ from mythos_core.model.model import PRETRAINED
 from mythos_core.proof.balls import Ball, length
 from mythos_core.proof.choices import with_codes
 from mythos_core.proof.closure import Closure
-from mythos_core.proof.scan import Scan
 from mythos_core.proof.invariant import Balls, LoopCell, invariant
+from mythos_core.proof.scan import Scan
 from mythos_core.tasks import Machine
 
 pytestmark = pytest.mark.usefixtures("without_shape_checks")
@@ -96,7 +96,7 @@ def test_states_after_each_loop_lie_in_the_balls_of_their_products(name, dtype, 
         loops = model.recurrent.loops_for(seq) + 3
         whole, parts, cache = [], [], KVCache()
         with torch.no_grad():
-            logits = model(ids, loops, observer=lambda record: whole.append(record.h))
+            logits = model(ids, loops, observer=lambda record, to=whole: to.append(record.h))
             for part in ids.split(17, 1):
                 found = []
                 model(part, loops, cache, observer=lambda record, to=found: to.append(record.h))
@@ -114,9 +114,9 @@ def test_states_after_each_loop_lie_in_the_balls_of_their_products(name, dtype, 
 def test_products_of_any_states_of_two_balls_lie_where_the_cell_says():
     cell, generator = LoopCell(shipped("doubling-parity"), "float32"), torch.Generator()
     x = 2 * torch.randn(6, 32, generator=generator.manual_seed(0)).double()
-    rows = [(("code", a), ("code", b)) for a in range(6) for b in range(6)] + [
-        (("code", a),) for a in range(6)]
-    for rows, size in ((rows[:36], 0.02), (rows[:36], 0.2), (rows[36:], 0.2)):
+    alone = [(("code", a),) for a in range(6)]
+    pairs = [(*a, *b) for a in alone for b in alone]
+    for rows, size in ((pairs, 0.02), (pairs, 0.2), (alone, 0.2)):
         shape = size * torch.eye(32).double().expand(6, -1, -1)
         with torch.no_grad():
             image = cell.multiply(rows, Ball(x, torch.zeros(6, 1).double(), (shape,)))
@@ -165,7 +165,8 @@ def test_other_machines_are_refused_with_the_shortest_string(asked):
 
 @pytest.mark.parametrize("asked", ["Z2-all", "even-pairs", "regex:(ab)*"])
 def test_a_doubling_model_is_no_other_machine(asked):
-    proof, other = certify(shipped("doubling-parity"), machine(asked), rounded=False), machine(asked)
+    other = machine(asked)
+    proof = certify(shipped("doubling-parity"), other, rounded=False)
     assert proof.proved == (other.minimal() == machine("parity").minimal())
     assert proof.proved or "are wrong" in proof.reason
 
