@@ -36,7 +36,7 @@ from torch import Tensor
 from mythos_core.model.layers import NORM_EPS, RMSNorm
 from mythos_core.model.model import OpenMythos
 from mythos_core.model.weights import digest
-from mythos_core.proof.balls import ASSUMED, ROUNDOFF
+from mythos_core.proof.balls import ASSUMED
 from mythos_core.proof.choices import Codes, with_codes
 from mythos_core.proof.closure import Closure
 from mythos_core.proof.invariant import LoopCell, invariant
@@ -155,8 +155,8 @@ def certify(model: OpenMythos, machine: Machine,
             its last k moves, with the least k from 0 to 3 that gives a proof; where that makes too
             many codes (`TRIED`), a smaller k is the last. That labels choose the codes takes
             nothing from the proof, which checks what they do.
-        arithmetic: one of `balls.ROUNDOFF`; default that of the model's dtype. TF32 is of float32
-            models, on a GPU where it is allowed.
+        arithmetic: that of the model's dtype, which is the default; or "tf32" of a float32 model,
+            for a GPU where it is allowed.
         rounded: False: prove the model without codes, as it was trained (`proof.invariant`).
 
     Raises:
@@ -165,9 +165,11 @@ def certify(model: OpenMythos, machine: Machine,
     """
     _check(model, machine)
     machine = replace(machine).minimal()  # of the tables as they are: a caller may change them
-    arithmetic = arithmetic or str(model.embed.weight.dtype).removeprefix("torch.")
-    if arithmetic not in ROUNDOFF:
-        raise ValueError(f"arithmetic = {arithmetic!r}: must be one of {sorted(ROUNDOFF)}")
+    own = str(model.embed.weight.dtype).removeprefix("torch.")
+    arithmetic, possible = arithmetic or own, [own, *["tf32"] * (own == "float32")]
+    if arithmetic not in possible:
+        raise ValueError(f"arithmetic = {arithmetic!r}: must be one of {possible} for a model of "
+                         f"{own}")
     if not rounded:
         return _as_trained(model, machine, codes, arithmetic)
     if codes is None and model.recurrent.codes is not None:

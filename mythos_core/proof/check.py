@@ -300,6 +300,7 @@ class Model:
         """x + experts(norm(x)), for each set of experts that may have the highest scores."""
         c, ffn, norm = self.c, at + ".ffn.", self.norm(b, at + ".ffn_norm")
         y, W = norm.of(b), self.t[ffn + "router.weight"]
+        self.linear(y.x, y.radius, ffn + "gate_up")      # of all: 0 times what is infinite is not 0
         n, k, wide, r = c["n_experts"], c["n_experts_per_tok"], c["expert_dim"], y.radius
         (z, offs), bias = self.linear(y.x, r, ffn + "router.weight"), self.t[ffn + "router_bias"][0]
         score = [a + v for a, v in zip(z, bias)]
@@ -359,11 +360,13 @@ class Model:
     def arrives(self, z, to):
         """By how many times its bound what the loop makes of z is nearest to a code, at least; or
         how often it fits into a ball."""
+        states = list(self.loop(z))
+        require(states, "no experts")
         if self.c["codes"]:
             halves = [-total(a * a for a in row) / 2 for row in self.centres]
-            return lowest(self.lead(h, "recurrent.codes", halves, to) for h in self.loop(z))
+            return lowest(self.lead(h, "recurrent.codes", halves, to) for h in states)
         return lowest(float((self.radius / (h.radius + length(
-            [a - b for a, b in zip(h.x, self.centres[to])]))).lower()) for h in self.loop(z))
+            [a - b for a, b in zip(h.x, self.centres[to])]))).lower()) for h in states)
 
     def behind(self, before, letter):
         """What a strict loop reads: a state and a letter."""
@@ -416,13 +419,18 @@ def read(folder):
     for name, t in sorted(tensors.items()):
         found.update(f"{name} {t['dtype']} {list(t['shape'])}\n".encode() + bytes(t["data"]))
     require(found.hexdigest() == certificate["weights"], "the certificate is of other weights")
-    dtype, rows = ARITHMETIC[certificate["arithmetic"]][0], {}
+    (dtype, _, largest), rows = ARITHMETIC[certificate["arithmetic"]], {}
     for name, t in tensors.items():          # the bias of a router is float32 in any model
         require(t["dtype"] == ("F32" if name.endswith("router_bias") else dtype),
                 f"{name} is {t['dtype']}: must be {dtype} for {certificate['arithmetic']}")
         width = t["shape"][-1] if t["shape"] else 1
         numbers = memoryview(t["data"]).cast("d" if t["dtype"] == "F64" else "f").tolist()
+        require(all(abs(a) < largest for a in numbers), f"{name}: a number may be too large")
         rows[name] = [[arb(a) for a in numbers[i:i + width]] for i in range(0, len(numbers), width)]
+    require(len(rows.get("recurrent.codes", ())) == config["codes"], "config.json: other codes")
+    n, k = config["n_experts"], config["n_experts_per_tok"]
+    require(1 <= k <= n == len(rows["recurrent.block.ffn.router.weight"]),
+            "config.json: other experts")
     return Model(config, rows, certificate["arithmetic"], certificate["table"]), certificate
 
 
@@ -487,6 +495,8 @@ def dilated(model, asked, table):
     letters, products = ({tuple(row): code for row, code in table[name]}
                          for name in ("letters", "products"))
     require(all(move[1] != -1 for act in acts for move in act), "something is not asked")
+    require(len(letters) == len(table["letters"]) and len(products) == len(table["products"]),
+            "a product is there twice")
 
     def go(rows, known, means):
         for row in rows:

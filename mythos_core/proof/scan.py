@@ -35,6 +35,7 @@ min(r^(T+1), i + 1) letters, with m = 1 where i + 1 <= r^T and only the position
 Arithmetic is treated as in `proof.certificate`.
 """
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from itertools import product
 from typing import Any
 
@@ -109,15 +110,16 @@ class Scan:
         """The minimal machine that the model's own products and answers make up, letter by letter:
         a code with a letter leads to the product of the two. None if that is a code which no string
         leads to: doubling need not multiply so."""
-        alone = [self.follows[("letter", letter),] for letter in range(self.asked.letters)]
+        beyond = deepcopy(self)                  # products that the proof has not, nor needs
+        alone = [beyond.follows[("letter", letter),] for letter in range(self.asked.letters)]
         rows = _rows([self.answers, alone])
-        known = self._multiply(rows)
-        if not known or not {self.follows[row] for row in rows} <= self.answers.keys():
+        known = beyond._multiply(rows)
+        if not known or not {beyond.follows[row] for row in rows} <= self.answers.keys():
             return None
 
         def moves(code):
             after = alone if code is None else [
-                self.follows[("code", code), ("code", letter)] for letter in alone]
+                beyond.follows[("code", code), ("code", letter)] for letter in alone]
             return [(state, self.answers[state]) for state in after]
 
         return minimal(self.asked.name, None, self.asked.symbols, moves)

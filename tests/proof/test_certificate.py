@@ -138,8 +138,11 @@ def test_a_config_that_was_changed_afterwards_is_refused():
 
 
 def test_another_arithmetic_than_there_are_is_refused():
-    with pytest.raises(ValueError, match=r"arithmetic = 'float8': must be one of \['bfloat16', "):
+    possible = r"arithmetic = 'float8': must be one of \['float32', 'tf32'\] for a model of float32"
+    with pytest.raises(ValueError, match=possible):
         certify(strict_model(**FREE), machine("parity"), arithmetic="float8")
+    with pytest.raises(ValueError, match=r"must be one of \['float64'\]"):
+        certify(strict_model(**FREE).double(), machine("parity"), arithmetic="float32")
 
 
 def test_a_machine_larger_than_the_vocabulary_is_refused():

@@ -14,10 +14,11 @@ from mythos_core.proof import check
 from mythos_core.proof.check import Refused
 
 STRICT, DILATED = "parity-extrapolating", "doubling-parity"
-BALLS = "contracting-doubling-parity"
+SCANNED = "contracting-doubling-parity"
+GATES = "recurrent.block.ffn.gate_up"
 
 
-@pytest.mark.parametrize("name", [STRICT, DILATED, BALLS, "state-Z5"])
+@pytest.mark.parametrize("name", [STRICT, DILATED, SCANNED, "state-Z5"])
 def test_what_ships_is_proved(name):
     said = check.check(PRETRAINED / name)
     assert said.startswith("proved: every string of every length is answered as the machine of ")
@@ -90,6 +91,8 @@ def edit(*path_and_value):
 
 #: What is wrong, in which model, by which change, and a word of the reason.
 WEIGHTS = {
+    "an expert that overflows": (SCANNED, lambda w: w[GATES][:, 2].mul_(1e28), "too large"),
+    "experts too large together": (SCANNED, lambda w: w[GATES].mul_(2e8), "too large"),
     "letters exchanged": (STRICT, lambda w: swap(embedding(w), 1, 2), "leads by"),
     "codes exchanged": (STRICT, lambda w: swap(w["recurrent.codes"], 0, 1), "leads by"),
     "a code beside another": (STRICT, lambda w: w["recurrent.codes"][1].copy_(
@@ -111,17 +114,18 @@ WEIGHTS = {
     "norm": (DILATED, lambda w: w["recurrent.loop_norm.weight"].neg_(), "leads by"),
 }
 CERTIFICATES = {
-    "a product of balls": (BALLS, edit("table", "products", -1, 1, lambda ball: 1 - ball), "mean"),
-    "a missing product of balls": (BALLS, edit("table", "products", lambda rows: rows[1:]),
+    "a product twice": (SCANNED, edit("table", "products", lambda rows: rows + rows[:1]), "twice"),
+    "a product of balls": (SCANNED, edit("table", "products", -1, 1, lambda ball: 1 - ball), "mean"),
+    "a missing product of balls": (SCANNED, edit("table", "products", lambda rows: rows[1:]),
                                    "missing"),
-    "a ball elsewhere": (BALLS, edit("table", "centres", 0, 0, lambda x: x + 0.5), "leads by"),
-    "smaller balls": (BALLS, edit("table", "radius", lambda r: r / 20), "leads by"),
-    "balls that are too large": (BALLS, edit("table", "radius", lambda r: 20 * r), ""),
-    "a radius below 0": (BALLS, edit("table", "radius", lambda r: -r), "of none"),
-    "no radius": (BALLS, edit("table", "radius", float("nan")), "of none"),
-    "an infinite radius": (BALLS, edit("table", "radius", float("inf")), ""),
-    "an answer in a ball": (BALLS, edit("table", "answers", 0, 1, lambda token: 3 - token), ""),
-    "a narrow ball": (BALLS, edit("table", "centres", 0, lambda x: x[:-1]), "another space"),
+    "a ball elsewhere": (SCANNED, edit("table", "centres", 0, 0, lambda x: x + 0.5), "leads by"),
+    "smaller balls": (SCANNED, edit("table", "radius", lambda r: r / 20), "leads by"),
+    "balls that are too large": (SCANNED, edit("table", "radius", lambda r: 20 * r), ""),
+    "a radius below 0": (SCANNED, edit("table", "radius", lambda r: -r), "of none"),
+    "no radius": (SCANNED, edit("table", "radius", float("nan")), "of none"),
+    "an infinite radius": (SCANNED, edit("table", "radius", float("inf")), ""),
+    "an answer in a ball": (SCANNED, edit("table", "answers", 0, 1, lambda token: 3 - token), ""),
+    "a narrow ball": (SCANNED, edit("table", "centres", 0, lambda x: x[:-1]), "another space"),
     "not proved": (STRICT, edit("proved", False), "it says"),
     "another digest": (STRICT, edit("weights", "0" * 64), "other weights"),
     "another arithmetic": (STRICT, edit("arithmetic", "bfloat16"), "must be one of"),
@@ -164,6 +168,9 @@ CONFIGS = {
     "angles": (DILATED, {"rope_theta": 0.1}, "rope_theta"),
     "heads": (STRICT, {"n_kv_heads": 4}, ""),
     "kind": (STRICT, {"strict": False}, "strict"),
+    "more experts than there are": (SCANNED, {"n_experts_per_tok": 9}, "other experts"),
+    "no experts": (STRICT, {"n_experts_per_tok": 0}, "other experts"),
+    "codes": (SCANNED, {"codes": 2}, "other codes"),
     "reach": (DILATED, {"dilation": 3}, ""),
     "prelude": (DILATED, {"prelude_layers": 0}, "leads by")}
 
