@@ -115,7 +115,7 @@ WEIGHTS = {
 }
 CERTIFICATES = {
     "a product twice": (SCANNED, edit("table", "products", lambda rows: rows + rows[:1]), "twice"),
-    "a product of balls": (SCANNED, edit("table", "products", -1, 1, lambda ball: 1 - ball), "mean"),
+    "a product of balls": (SCANNED, edit("table", "products", -1, 1, lambda b: 1 - b), "mean"),
     "a missing product of balls": (SCANNED, edit("table", "products", lambda rows: rows[1:]),
                                    "missing"),
     "a ball elsewhere": (SCANNED, edit("table", "centres", 0, 0, lambda x: x + 0.5), "leads by"),
