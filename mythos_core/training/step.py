@@ -5,6 +5,7 @@ from torch import Tensor
 
 from mythos_core.model.layers import evaluated, evaluating
 from mythos_core.model.model import OpenMythos
+from mythos_core.proof.choices import plain_context
 from mythos_core.tasks.automaton import NOT_ASKED
 from mythos_core.training.losses import (
     apart,
@@ -128,7 +129,7 @@ def _products_contracted(run: Run, ids, products: list[Tensor]):
 
         def step(x):                                 # a string of r states: the product of each
             string = x.unflatten(-1, (r, -1))        # beginning of it
-            return model.recurrent.combine(string, 0, model.context(string))[0].flatten(1)
+            return model.recurrent.combine(string, 0, plain_context(model, string))[0].flatten(1)
 
         flat, label = torch.cat(states, 1).flatten(0, 1), torch.cat(products, 1).flatten()
         x = flat[torch.randint(len(flat), (STEEP, r), device=flat.device)].flatten(1)
