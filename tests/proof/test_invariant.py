@@ -59,6 +59,8 @@ def test_certificates_beside_shipped_weights_are_of_them(name):
     kept = beside(name)
     assert kept["proved"] and kept["asked"] == asked_of(name).minimal().as_dict()
     assert kept["machine"] in (kept["asked"], None) and kept["safety"]["state"] > 1.15
+    table = kept["table"]
+    assert "products" not in table or kept["contexts"] == len(table["letters"] + table["products"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -169,6 +171,15 @@ def test_a_doubling_model_is_no_other_machine(asked):
     proof = certify(shipped("doubling-parity"), other, rounded=False)
     assert proof.proved == (other.minimal() == machine("parity").minimal())
     assert proof.proved or "are wrong" in proof.reason
+
+
+def test_what_a_machine_is_read_off_from_is_no_part_of_the_proof():
+    """Letter by letter it takes products that no doubling asks for."""
+    proof = certify(shipped("doubling-addition"), machine("addition"), rounded=False)
+    closure = proof.closure
+    before = len(closure.follows), len(closure.states.codes), dict(closure.states.safety)
+    assert closure.machine() == machine("addition").minimal()
+    assert before == (len(closure.follows), len(closure.states.codes), closure.states.safety)
 
 
 def test_a_single_wrong_product_of_balls_is_seen(monkeypatch):
