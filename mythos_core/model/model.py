@@ -20,6 +20,7 @@ from mythos_core.model.config import MythosConfig
 from mythos_core.model.dilated import DilatedBlock
 from mythos_core.model.layers import NORM_EPS, RMSNorm, evaluating, known
 from mythos_core.model.loop import Observer, RecurrentBlock, TransformerBlock
+from mythos_core.model.sampling import check_sampling, columns, lengths_of, require, sample
 from mythos_core.model.strict import StrictBlock
 from mythos_core.model.weights import (
     PRETRAINED,
@@ -124,8 +125,8 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
         if kv_cache is None:
             return self.recurrent.loops_for(seq) + (c.halting == "settled")
         most, length = c.dilation ** c.max_loop_iters, kv_cache.length + seq
-        _require(length <= most, "sequence length", length,
-                 f"at most dilation ** max_loop_iters = {most} where n_loops is not given")
+        require(length <= most, "sequence length", length,
+                f"at most dilation ** max_loop_iters = {most} where n_loops is not given")
         return c.max_loop_iters
 
     def _cached(self, ids, n_loops, kv_cache, observer):
@@ -198,10 +199,10 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
         Raises:
             ValueError: before any work, naming the argument, its value and what is allowed.
         """
-        columns = self.stream(ids, max_new_tokens, n_loops, temperature, top_k, generator,
-                              use_cache, cache_loops, observer, top_p, stop, lengths, kv_cache)
+        new = self.stream(ids, max_new_tokens, n_loops, temperature, top_k, generator,
+                          use_cache, cache_loops, observer, top_p, stop, lengths, kv_cache)
         shared = ids.shape[1] if lengths is None else int(min(lengths))
-        return torch.cat([ids[:, :shared], *columns], 1)
+        return torch.cat([ids[:, :shared], *new], 1)
 
     def stream(self, ids: Tensor, max_new_tokens: int = 64, n_loops: int = 8,
                temperature: float = 1.0, top_k: int = 50,
@@ -216,11 +217,11 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
         self._check(ids, n_loops, None)
         length = ids.shape[1] + max_new_tokens
         self._check_new(max_new_tokens, length, kv_cache)
-        _check_sampling(temperature, top_k, top_p)
-        stops, lengths = self._stops(stop, ids), _lengths(lengths, ids)
-        _require(use_cache or kv_cache is None, "use_cache", use_cache, "True with a kv_cache")
-        _require(cache_loops is None or (use_cache and kv_cache is None), "cache_loops",
-                 cache_loops, "None if use_cache is False, or with a kv_cache")
+        check_sampling(temperature, top_k, top_p)
+        stops, lengths = self._stops(stop, ids), lengths_of(lengths, ids)
+        require(use_cache or kv_cache is None, "use_cache", use_cache, "True with a kv_cache")
+        require(cache_loops is None or (use_cache and kv_cache is None), "cache_loops",
+                cache_loops, "None if use_cache is False, or with a kv_cache")
         n_loops = self._loops_to(length, n_loops, use_cache, kv_cache)
         cache = KVCache(length, cache_loops) if use_cache and kv_cache is None else kv_cache
         if use_cache:
@@ -231,13 +232,13 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
             unread = read[:, cache.length - start:] if use_cache else read
             with torch.no_grad(), evaluating(modules):
                 logits = self(unread, n_loops, cache, observer)[:, -1]          # (B, vocab)
-            return _sample(logits, temperature, top_k, generator, top_p)
-        return _columns(ids, lengths, length, draw, stops)
+            return sample(logits, temperature, top_k, generator, top_p)
+        return columns(ids, lengths, length, draw, stops)
 
     def _check_new(self, max_new_tokens, length, kv_cache):
         most = self.config.max_output_tokens
-        _require(1 <= max_new_tokens <= most, "max_new_tokens", max_new_tokens,
-                 f"in 1 .. max_output_tokens = {most}")
+        require(1 <= max_new_tokens <= most, "max_new_tokens", max_new_tokens,
+                f"in 1 .. max_output_tokens = {most}")
         start, before = (0, "") if kv_cache is None else (kv_cache.length, "kv_cache.length + ")
         self._check_length(f"{before}ids.shape[1] + max_new_tokens", start + length)
 
@@ -252,20 +253,20 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
     def _stops(self, stop, ids):
         vocab = self.config.vocab_size
         tokens = [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
-        _require(all(isinstance(token, int) and 0 <= token < vocab for token in tokens), "stop",
-                 stop, f"tokens, in 0 .. vocab_size - 1 = {vocab - 1}")
+        require(all(isinstance(token, int) and 0 <= token < vocab for token in tokens), "stop",
+                stop, f"tokens, in 0 .. vocab_size - 1 = {vocab - 1}")
         return ids.new_tensor(tokens)
 
     def _check(self, ids, n_loops, kv_cache):
         vocab, start = self.config.vocab_size, kv_cache.length if kv_cache is not None else 0
-        _require(isinstance(n_loops, int) and n_loops >= 1, "n_loops",
-                 n_loops, "an integer, at least 1")
-        _require(ids.dim() == 2 and ids.numel() > 0, "ids.shape",
-                 tuple(ids.shape), "(batch, seq), neither of them 0")
-        _require(ids.dtype == torch.int64, "ids.dtype", ids.dtype, "torch.int64")
+        require(isinstance(n_loops, int) and n_loops >= 1, "n_loops",
+                n_loops, "an integer, at least 1")
+        require(ids.dim() == 2 and ids.numel() > 0, "ids.shape",
+                tuple(ids.shape), "(batch, seq), neither of them 0")
+        require(ids.dtype == torch.int64, "ids.dtype", ids.dtype, "torch.int64")
         low, high = known(lambda: [int(x) for x in ids.aminmax()]) or (0, 0)
-        _require(low >= 0 and high < vocab, "ids",
-                 f"tokens {low} .. {high}", f"in 0 .. vocab_size - 1 = {vocab - 1}")
+        require(low >= 0 and high < vocab, "ids",
+                f"tokens {low} .. {high}", f"in 0 .. vocab_size - 1 = {vocab - 1}")
         self._check_length("sequence length", start + ids.shape[1])
         if kv_cache is not None:
             kv_cache.begin(config=self.config, batch=len(ids), n_loops=n_loops,
@@ -273,7 +274,7 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
 
     def _check_length(self, name, length):
         most = self.config.max_seq_len
-        _require(most is None or length <= most, name, length, f"at most max_seq_len = {most}")
+        require(most is None or length <= most, name, length, f"at most max_seq_len = {most}")
 
     def _save_pretrained(self, save_directory: Path):
         """The weights' part of `save_pretrained`."""
@@ -305,8 +306,8 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
                                 f"map_location, and for a hub id {', '.join(HUB_OPTIONS)}; "
                                 "the model's .to(...) changes its dtype")
         if not folder.is_dir():
-            _require(is_hub_id, "name_or_dir", repr(str(name_or_dir)),
-                     f"a directory, a hub id 'owner/name', or one of {shipped()}")
+            require(is_hub_id, "name_or_dir", repr(str(name_or_dir)),
+                    f"a directory, a hub id 'owner/name', or one of {shipped()}")
             folder = Path(snapshot_download(str(name_or_dir), allow_patterns=FILES, **hub))
         config = read_config(folder / "config.json")
         model = load_weights(cls, config, folder / "model.safetensors")
@@ -326,58 +327,3 @@ def _compare_with_certificate(model, file: Path):
     if of != (digest(model), asdict(model.config)):
         warnings.warn(f"{file}: is of other weights than those beside it, or of another config: "
                       f"of {of}", stacklevel=3)
-
-
-def _require(holds, name, value, rule):
-    if not holds:
-        raise ValueError(f"{name} = {value}: must be {rule}")
-
-
-def _check_sampling(temperature, top_k, top_p):
-    _require(temperature >= 0, "temperature", temperature, "0 or more")
-    _require(top_k >= 0, "top_k", top_k, "0 or more")
-    _require(0 < top_p <= 1, "top_p", top_p, "in (0, 1]")
-
-
-def _lengths(lengths, ids) -> Int[Tensor, "batch 1"]:
-    batch, most = ids.shape
-    found = torch.as_tensor([most] * batch if lengths is None else lengths, device=ids.device)
-    _require(found.shape == (batch,) and not found.is_floating_point()
-             and found.min() >= 1 and found.max() <= most,
-             "lengths", found.tolist(), f"a number in 1 .. {most} for each of {batch} rows")
-    return found.unsqueeze(1)
-
-
-def _columns(prompt, lengths, length, draw, stops):
-    """The columns behind the shortest prompt, up to `length`: of a longer prompt its own tokens
-    first, then those that `draw` makes of all before, and from one of `stops` on that one."""
-    ids = prompt[:, :lengths.min()]
-    ended = torch.zeros_like(lengths, dtype=torch.bool)
-    for position in range(ids.shape[1], length):
-        new, given = draw(ids), lengths > position
-        new = torch.where(ended, ids[:, -1:], new)
-        if position < prompt.shape[1]:
-            new = torch.where(given, prompt[:, position:position + 1], new)
-        ids, ended = torch.cat([ids, new], 1), ended | (torch.isin(new, stops) & ~given)
-        yield new
-        if ended.all():
-            return
-
-
-def _sample(logits, temperature, top_k, generator, top_p=1.0):
-    """One token a row, (B, 1)."""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    top_k = min(top_k, logits.shape[-1]) or logits.shape[-1]
-    top, tokens = (logits / temperature).topk(top_k, -1)
-    share = top.softmax(-1, dtype=torch.promote_types(top.dtype, torch.float32))
-    share = _nucleus(share, top_p) if top_p < 1 else share
-    if generator is not None:                                    # which draws on its own device
-        share = share.to(generator.device)
-    chosen = torch.multinomial(share, 1, generator=generator)
-    return tokens.gather(-1, chosen.to(tokens.device))
-
-
-def _nucleus(share: Float[Tensor, "*batch k"], top_p: float) -> Float[Tensor, "*batch k"]:
-    """Shares in falling order, 0 behind the first few that make up top_p."""
-    return share.masked_fill(share.cumsum(-1) - share >= top_p, 0)

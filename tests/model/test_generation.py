@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from small import DILATED, STRICT, dilated_model, strict_model
 
 from mythos_core import KVCache, OpenMythos
-from mythos_core.model.model import _nucleus, _sample
+from mythos_core.model.sampling import nucleus, sample
 
 #: Every kind of loop. In float64, so that two ways to one number agree on what is most likely.
 KINDS = {
@@ -116,16 +116,16 @@ def test_padding_on_the_right_changes_no_logits_before_it(changes, attn, seed, w
        top_p=st.floats(0.01, 1))
 def test_the_nucleus_is_the_least_set_that_holds_p(logits, top_p):
     share = torch.tensor(sorted(logits, reverse=True)).double().div(8).softmax(-1)
-    kept = _nucleus(share, top_p) > 0
+    kept = nucleus(share, top_p) > 0
     size = next(size for size in range(1, len(share) + 1)
                 if max(map(sum, combinations(share.tolist(), size))) >= top_p - 1e-12)
     assert kept.tolist() == [True] * size + [False] * (len(share) - size)
-    assert torch.equal(_nucleus(share, top_p)[kept], share[kept])
+    assert torch.equal(nucleus(share, top_p)[kept], share[kept])
 
 
 def test_a_share_of_exactly_p_is_enough():
     share = torch.tensor([[0.5, 0.25, 0.125, 0.125]])
-    assert [(_nucleus(share, p) > 0).sum().item() for p in (0.5, 0.51, 0.75, 0.875, 0.9, 1.0)] == [
+    assert [(nucleus(share, p) > 0).sum().item() for p in (0.5, 0.51, 0.75, 0.875, 0.9, 1.0)] == [
         1, 2, 2, 3, 4, 4]
 
 
@@ -133,7 +133,7 @@ def test_sampling_follows_the_distribution_in_the_nucleus_of_the_top_k():
     """Of the shares 1/10 to 4/10 the top 3 are 2/9, 3/9, 4/9, and the least set with 0.75 of these
     is the last two of them; of all four shares it would be three."""
     logits = torch.tensor([1.0, 2.0, 3.0, 4.0]).log().expand(20_000, 4)
-    share = (_sample(logits, 1.0, 3, torch.Generator().manual_seed(0), 0.75)
+    share = (sample(logits, 1.0, 3, torch.Generator().manual_seed(0), 0.75)
              .flatten().bincount(minlength=4) / 20_000)
     assert share[:2].sum() == 0 and share[3].item() == pytest.approx(4 / 7, abs=0.02)
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from mythos_core import KVCache, OpenMythos
 from mythos_core.model.config import VARIANTS, parity_config, tutorial_config
-from mythos_core.model.model import _sample, shipped
+from mythos_core.model.model import shipped
+from mythos_core.model.sampling import sample
 
 IDS = torch.randint(0, 17, (2, 10), generator=torch.Generator().manual_seed(3))
 
@@ -167,7 +168,7 @@ def test_an_observer_sees_every_pass_and_shared_entries_are_those_of_the_cache()
 
 def test_sampling_follows_the_distribution_among_the_top_k():
     logits = torch.tensor([0.0, 1.0, 2.0, 3.0]).expand(20_000, 4)
-    share = (_sample(logits, 0.5, 2,
+    share = (sample(logits, 0.5, 2,
                      torch.Generator().manual_seed(0)).flatten().bincount(minlength=4) / 20_000)
     assert (share[:2].sum() == 0 and share[3].item()
             == pytest.approx(1 / (1 + math.exp(-2)), abs=0.02))
