@@ -23,19 +23,23 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from mythos_core import study
-from mythos_core.batch import __main__ as command_line
+from mythos_core.__main__ import main as mythos
 from mythos_core.batch import cluster as workers
+from mythos_core.batch import command as command_line
 from mythos_core.batch import plan as planning
 from mythos_core.batch import read, record
 from mythos_core.batch import run as running
-from mythos_core.batch.__main__ import main
 from mythos_core.batch.grid import parse_grid
 
 ROOT = Path(__file__).parents[2]
-PYTHON = [sys.executable, "-m", "mythos_core.batch"]
+PYTHON = [sys.executable, "-m", "mythos_core", "batch"]
 posix = pytest.mark.skipif(os.name != "posix",
                            reason="signals and process groups as POSIX has them")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def main(words):
+    return mythos(["batch", *words])
 
 
 def write(path, *cells):
@@ -148,7 +152,7 @@ def test_a_command_is_read_as_it_is_written(tmp_path, good):
     (job,) = planning.plan([Path(good)], [given], tmp_path, 1)
     assert ((parameters := job.about["parameters"]) == {**given, "rate": 1.0}
             and isinstance(parameters["rate"], float))
-    options = [word for word in shlex.split(job.about["command"])[3:] if word != "--grid"]
+    options = [word for word in shlex.split(job.about["command"])[2:] if word != "--grid"]
     assert Path(options[0]).resolve() == Path(good) and parse_grid(options[1:]) == [parameters]
 
 
@@ -250,7 +254,7 @@ def test_what_arrives_in_the_notebook_is_what_was_asked_for(tmp_path):
     assert running.run(job)["error"] is None
     assert (job.folder / "stdout.txt").read_text(encoding="utf-8") == f"{asked}\n"
     assert read(job.folder)["parameters"] == json.loads(json.dumps(asked))
-    words = shlex.split(job.about["command"])[4:]
+    words = shlex.split(job.about["command"])[3:]
     assert parse_grid([word for word in words if word != "--grid"]) == [asked]
 
 
