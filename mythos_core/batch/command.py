@@ -1,6 +1,7 @@
 """The command `mythos batch`."""
 import argparse
 import os
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -60,9 +61,13 @@ def _report(folders: list[Path]) -> int:
 
 def _threads(args) -> int:
     """Of a kernel: as the environment has it, or its share of this machine's cores; 0 on a
-    cluster, whose workers know theirs."""
-    share = max(1, (os.cpu_count() or 1) // args.workers)
-    return int(os.environ.get("OMP_NUM_THREADS") or (0 if args.scheduler or args.slurm else share))
+    cluster, whose workers know theirs. ValueError if the environment has no number of threads."""
+    if not (given := os.environ.get("OMP_NUM_THREADS")):
+        share = max(1, (os.cpu_count() or 1) // args.workers)
+        return 0 if args.scheduler or args.slurm else share
+    if not re.fullmatch("[0-9]{1,9}", given) or not int(given):
+        raise ValueError(f"OMP_NUM_THREADS = {given!r}: must be a number, at least 1, or not set")
+    return int(given)
 
 
 def _conclude(jobs: list[Job], publishing: bool) -> int:

@@ -9,7 +9,7 @@ import argparse
 import copy
 import json
 import platform
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,16 @@ def result(run: Run, model: OpenMythos, command: str, most: int | None = None) -
 def _change(text: str) -> tuple[str, Any]:
     """NAME=VALUE, the value as JSON."""
     name, _, value = text.partition("=")
-    return name, json.loads(value)
+    others = ("name", "config", "machine", "corpus", "steps")    # said by options of their own
+    known = [*(field.name for field in fields(Recipe) if field.name not in others),
+             *(f"config.{field.name}" for field in fields(MythosConfig))]
+    if name not in known:
+        raise argparse.ArgumentTypeError(f"{text!r}: {name!r} must be one of {known}")
+    try:
+        return name, json.loads(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be NAME=JSON, such as batch=8 or "
+                                         "config.strict=true") from error
 
 
 def run(args):

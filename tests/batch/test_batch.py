@@ -180,6 +180,17 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("threads", ["abc", "0", "-1", "2,1", "1.5", " "])
+def test_a_number_of_threads_that_is_none_is_refused_by_name(tmp_path, good, capsys, monkeypatch,
+                                                            threads):
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    with pytest.raises(SystemExit) as stop:
+        main([good, "--out", str(tmp_path / "out")])
+    said = f"OMP_NUM_THREADS = {threads!r}: must be a number, at least 1, or not set"
+    assert stop.value.code == 2 and said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_more_workers_need_dask_and_one_does_not(tmp_path, good, no_report, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(SystemExit) as stop:
@@ -574,6 +585,29 @@ def test_a_run_ends_at_its_time_limit_alone(tmp_path, no_report, capsys):
             (read(tmp_path / "out" / name) for name in folders(tmp_path / "out"))}
     assert {seed: run["status"] for seed, run in runs.items()} == {0: "passed", 1: "failed"}
     assert runs[1]["seconds"] > 8
+
+
+@posix
+@pytest.mark.parametrize("then, options, error", [
+    ("while True:\n    pass", ["--timeout", "6"], "TimeoutError: not finished after 6 s"),
+    ("1 / 0", [], "ZeroDivisionError: division by zero"), ("", [], None)])
+def test_what_a_run_started_ends_with_it_also_in_a_session_of_its_own(
+        tmp_path, no_report, then, options, error):
+    """A child, and a child of that; neither is of the kernel's process group."""
+    sleep = "import time; time.sleep(300)"
+    own = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', {}], " \
+          "start_new_session=True)"
+    begin = f"{own.format(repr(f'{own.format(repr(sleep))}; {sleep}'))}\n"
+    wait = ("import os, psutil, time\nwhile len(found := psutil.Process().children(recursive=True))"
+            " < 2:\n    time.sleep(0.1)\nprint(*(child.pid for child in found))\n")
+    notebook = write(tmp_path / "starts.ipynb", (begin + wait,), (then or "0",))
+    assert main([notebook, *options, "--out", str(tmp_path / "out")]) == bool(error)
+    (name,) = folders(tmp_path / "out")
+    assert read(tmp_path / "out" / name)["error"] == error
+    started = (tmp_path / "out" / name / "stdout.txt").read_text(encoding="utf-8").split()
+    assert len(started) == 2
+    until(lambda: not any(psutil.pid_exists(int(pid)) and alive(psutil.Process(int(pid)))
+                          for pid in started), 10)
 
 
 @pytest.mark.parametrize("failures", [1, 2])
