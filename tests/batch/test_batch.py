@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import ssl
@@ -810,21 +811,32 @@ def test_a_file_that_is_being_written_has_no_address_yet(tmp_path):
 
 
 @pytest.fixture
-def cluster(tmp_path):
-    """A scheduler and two workers, as processes; its address."""
-    file, started = tmp_path / "scheduler.json", []
-    for what in (["scheduler", "--port", "0", "--no-dashboard", "--host", "127.0.0.1"],
-                 *2 * [["worker", "--nthreads", "1"]]):
-        command = [sys.executable, "-m", "dask", *what, "--scheduler-file", str(file)]
-        started.append(subprocess.Popen(command, env=ENVIRONMENT, cwd=tmp_path,
-                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+def dask_process(tmp_path):
+    """Starts a scheduler or a worker, which imports from a folder first."""
+    started = []
+
+    def make(*what, path=ROOT):
+        command = [sys.executable, "-m", "dask", *what, "--scheduler-file",
+                   str(tmp_path / "scheduler.json")]
+        started.append(subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(path)},
+                                        cwd=tmp_path, stdout=subprocess.DEVNULL,
+                                        stderr=subprocess.DEVNULL))
     try:
-        until(lambda: address(file))
-        yield address(file)
+        yield make
     finally:
         for process in reversed(started):
             process.terminate()
             process.wait(20)
+
+
+@pytest.fixture
+def cluster(tmp_path, dask_process):
+    """A scheduler and two workers, as processes; its address."""
+    dask_process("scheduler", "--port", "0", "--no-dashboard", "--host", "127.0.0.1")
+    for _ in range(2):
+        dask_process("worker", "--nthreads", "1")
+    until(lambda: address(tmp_path / "scheduler.json"))
+    return address(tmp_path / "scheduler.json")
 
 
 def test_a_scheduler_and_workers_of_their_own(tmp_path, good, cluster, no_report, capsys,
@@ -839,6 +851,36 @@ def test_a_scheduler_and_workers_of_their_own(tmp_path, good, cluster, no_report
     assert all(read(tmp_path / "out" / name)["results"]["score"] >= 0
                for name in folders(tmp_path / "out"))
     assert main([*command[:2], "seed=4,5", *command[3:]]) == 0   # the cluster is still there
+
+
+def test_a_worker_that_joins_later_is_looked_at_as_the_first_ones_are(
+        tmp_path, good, cluster, dask_process, no_report, capsys, monkeypatch):
+    other, none = tmp_path / "other", tmp_path / "none"
+    shutil.copytree(ROOT / "mythos_core", other / "mythos_core",
+                    ignore=shutil.ignore_patterns("pretrained", "results", "__pycache__"))
+    with open(other / "mythos_core" / "figures.py", "a", encoding="utf-8") as file:
+        file.write("# another\n")
+    none.mkdir()
+    (none / "mythos_core.py").write_text("raise ImportError('there is none')", encoding="utf-8")
+    original = workers.fitting
+
+    def joined(client, job, known):
+        """When the first ones were looked at, four others join, of which one can."""
+        found = original(client, job, known)
+        if len(client.nthreads()) == 2:
+            for path, threads in ((other, 1), (none, 1), (ROOT, 2), (ROOT, 1)):
+                dask_process("worker", "--nthreads", str(threads), path=path)
+            until(lambda: len(client.nthreads()) == 6)
+        return found
+
+    monkeypatch.setattr(workers, "fitting", joined)
+    assert main([good, "--grid", "seed=0:9", "--scheduler", cluster, "--out",
+                 str(tmp_path / "out")]) == 0
+    said = capsys.readouterr()
+    refused = [line for line in said.err.splitlines() if line.startswith("no runs for the worker")]
+    assert "9 passed, 0 failed" in said.out and len(refused) == 3
+    for fault in ("has another mythos_core", "there is none", "must have one thread"):
+        assert sum(fault in line for line in refused) == 1
 
 
 def test_workers_of_many_threads_are_refused(tmp_path, good, capsys):
