@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SITE = ROOT / "build" / "site"
 NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
-DOCS = ["glossary", "claims", "use", "batches", "bench", "language", "peers", "results"]
+DOCS = ["glossary", "claims", "use", "certificate", "batches", "bench", "language", "peers",
+        "results"]
 PAGES = ["index", *NOTEBOOKS, *DOCS]
 
 # What a reader sees of a page, read off in one go. Text in <code> and <pre> is meant as it stands;
