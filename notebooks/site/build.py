@@ -165,8 +165,9 @@ def build(out):
     pdoc.render.configure(docformat="google", search=False, show_source=False)
     for name in mythos_core.__all__:   # pdoc sees only what the package has imported
         getattr(mythos_core, name)
-    modules = pkgutil.iter_modules(mythos_core.__path__, "mythos_core.")
-    pdoc.pdoc("mythos_core", *(module.name for module in modules), output_directory=out / "api")
+    modules = [module.name for module in pkgutil.iter_modules(mythos_core.__path__, "mythos_core.")
+               if not module.name.endswith("__main__")]          # the command line: it has --help
+    pdoc.pdoc("mythos_core", *modules, output_directory=out / "api")
     print(f"{len(pages)} pages in {out}, "
           f"{sum(path.stat().st_size for path in out.rglob('*') if path.is_file()) / 2**20:.1f} "
           "MB")
