@@ -111,8 +111,8 @@ def test_the_first_notebook_runs_from_the_menu(browser, lab):
 def test_the_slider_changes_the_picture(browser, lab):
     """Of 05 the cells that the slider needs, at the one length that it shows."""
     notebook = load("05_depth_extrapolation")
-    needed = ("import os", "seed = 0", "model = OpenMythos", "batch, right_answers", "def after",
-              "def slider")
+    needed = ("import matplotlib", "seed = 0", "model = OpenMythos", "batch, right_answers",
+              "def after", "figures.explore")
     notebook.cells = [cell for cell in notebook.cells if cell.source.startswith(needed)]
     assert len(notebook.cells) == len(needed)
     notebook.cells[1].source += "\nlengths = [64]"

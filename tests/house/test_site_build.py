@@ -52,3 +52,10 @@ def test_what_an_earlier_build_left_is_removed(builder, tmp_path):
         (out / "old.html").touch()
         builder.clear(out)
         assert [path.name for path in out.iterdir()] == [builder.MARK]
+
+
+def test_a_page_has_its_contents(builder):
+    page = builder.read(ROOT / "notebooks" / "05_depth_extrapolation.ipynb")
+    contents = builder.describe("05_depth_extrapolation", page)["contents"]
+    assert ("4--the-loop-that-doubles", "4 · The loop that doubles") in contents
+    assert contents[-1][0] == "references"
