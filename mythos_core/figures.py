@@ -70,10 +70,14 @@ def explore(draw: Callable, **values) -> None:
         return show(**{name: value if isinstance(value, str) else value[0]
                        for name, value in values.items()})
     from ipywidgets import Dropdown, IntSlider, Text, interact
-    kinds = {tuple: lambda value: IntSlider(*value, continuous_update=False),
-             list: lambda value: Dropdown(options=value),
-             str: lambda value: Text(value, continuous_update=False)}
-    interact(show, **{name: kinds[type(value)](value) for name, value in values.items()})
+
+    def control(value):
+        if isinstance(value, str):
+            return Text(value, continuous_update=False)
+        if isinstance(value, list):
+            return Dropdown(options=value)
+        return IntSlider(*value, continuous_update=False)
+    interact(show, **{name: control(value) for name, value in values.items()})
 
 
 def loop_by_position(ax, matrix, title: str, label: str, **imshow):
