@@ -1,4 +1,4 @@
-"""The model of the README as architecture.svg, .png and .json, and that of notebook 01 as
+"""The model of docs/use.md as architecture.svg, .png and .json, and that of notebook 01 as
 architecture_gqa.png and .json; the numbers, and what is dashed, come from the configs.
 
     MYTHOS_FIGURES=figures python figures/architecture.py

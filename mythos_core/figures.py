@@ -1,6 +1,9 @@
 """One house style. A figure is saved as a picture and as the numbers behind it."""
 import json
 import os
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -46,6 +49,35 @@ def _plain(value):
     if isinstance(value, (list, tuple, range)):
         return [_plain(v) for v in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def explore(draw: Callable, **values) -> None:
+    """Show what draw(name=value, ...) returns, a figure and its alternative text; where a reader is
+    there, in JupyterLab or Colab, with a control for each value: a slider for (value, least, most),
+    a menu for a list, of which the first is drawn, and a field for text."""
+    from IPython.display import display
+
+    def show(**chosen):
+        try:
+            fig, alt = draw(**chosen)
+        except ValueError as error:         # what a reader may type is told, not traced
+            return print(error)
+        display(fig, metadata={"image/png": {"alt": alt}})
+        plt.close(fig)
+
+    watched = "JPY_SESSION_NAME" in os.environ or "google.colab" in sys.modules
+    if not (watched and find_spec("ipywidgets")):
+        return show(**{name: value if isinstance(value, str) else value[0]
+                       for name, value in values.items()})
+    from ipywidgets import Dropdown, IntSlider, Text, interact
+
+    def control(value):
+        if isinstance(value, str):
+            return Text(value, continuous_update=False)
+        if isinstance(value, list):
+            return Dropdown(options=value)
+        return IntSlider(*value, continuous_update=False)
+    interact(show, **{name: control(value) for name, value in values.items()})
 
 
 def loop_by_position(ax, matrix, title: str, label: str, **imshow):

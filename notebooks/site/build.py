@@ -11,6 +11,7 @@ import pkgutil
 import re
 import shutil
 from pathlib import Path
+from urllib.parse import unquote
 
 import nbformat
 import pdoc
@@ -59,8 +60,13 @@ class Renderer(IPythonRenderer):
     def heading(self, text, level, **attrs):
         """Headings are addressed as on the code host: in lower case, without punctuation."""
         html = super().heading(text, level, **attrs)
-        return re.sub(r'(?<=id=")[^"]+|(?<=href="#)[^"]+',
-                      lambda name: re.sub(r"[^\w-]", "", name[0].lower()), html, count=2)
+        return re.sub(r'(?<=id=")[^"]+|(?<=href="#)[^"]+', lambda name: anchor(name[0]), html,
+                      count=2)
+
+
+def anchor(heading):
+    """What a heading is addressed by."""
+    return re.sub(r"[^\w-]", "", unquote(heading).replace(" ", "-").lower())
 
 
 def on_the_site(url):
@@ -118,11 +124,15 @@ def words(text):
 
 
 def describe(name, notebook):
-    """A page's title and its description for search engines: the question, or the opening."""
+    """A page's title, its description for search engines (the question, or the opening), and its
+    contents: the addresses and the titles of its sections."""
     text = notebook.cells[0].source
     opening = (re.search(r"\*\*Question\.\*\*(.*?)\n\n", text, re.S)
                or re.search(r"\n\n(.*?)\n\n", text, re.S))
-    return {"name": name, "title": re.match(r"# (.*)", text)[1], "description": words(opening[1])}
+    prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    headings = re.findall(r"^## (.*)", re.sub(r"^```.*?^```", "", prose, flags=re.M | re.S), re.M)
+    return {"name": name, "title": re.match(r"# (.*)", text)[1], "description": words(opening[1]),
+            "contents": [(anchor(heading), words(heading)) for heading in headings]}
 
 
 def clear(out):

@@ -62,7 +62,7 @@ def test_what_an_earlier_build_left_is_removed(builder, tmp_path):
 def page_of(builder, *cells):
     """The pictures of a page, by what they say: where each comes from."""
     builder.name_pictures(notebook := new_notebook(cells=list(cells)))
-    about = {"name": "a", "title": "A", "description": "d"}
+    about = {"name": "a", "title": "A", "description": "d", "contents": []}
     html, _ = builder.exporter().from_notebook_node(notebook, {"site": about, "page": about,
                                                                "repository": "r"})
     assert "<script" not in html
@@ -98,3 +98,10 @@ def test_of_a_picture_of_both_kinds_the_pixels_are_shown(builder):
                       metadata={"image/png": {"alt": "both"}})
     assert page_of(builder, new_code_cell("draw()", outputs=[both])) == {
         "both": "data:image/png;base64,AAAA"}
+
+
+def test_a_page_has_its_contents(builder):
+    page = builder.read(ROOT / "notebooks" / "05_depth_extrapolation.ipynb")
+    contents = builder.describe("05_depth_extrapolation", page)["contents"]
+    assert ("3--the-loop-that-doubles", "3 · The loop that doubles") in contents
+    assert contents[-1][0] == "references"

@@ -30,6 +30,34 @@ def test_a_figure_is_saved_with_its_numbers(tmp_path, monkeypatch):
     assert content == {"alt": "what it shows", "a": [1.23457, 2.0], "b": {"c": 3}, "d": [0.3]}
 
 
+def test_a_reader_has_controls_and_a_batch_one_picture(monkeypatch, capsys):
+    drawn, shown, controls, before = [], [], {}, plt.get_fignums()
+
+    def draw(loop, task, text):
+        drawn.append((loop, task, text))
+        if text == "abc":
+            raise ValueError("text 'abc': must be bits")
+        return plt.figure(), f"loop {loop}"
+
+    values = {"loop": (3, 1, 9), "task": ["parity", "Z5"], "text": "0110"}
+    monkeypatch.setattr("IPython.display.display", lambda fig, metadata: shown.append(metadata))
+    monkeypatch.setattr("ipywidgets.interact", lambda show, **kinds: controls.update(
+        kinds, show=show))
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+    figures.explore(draw, **values)
+    assert drawn == [(3, "parity", "0110")] and not controls
+    assert plt.get_fignums() == before
+    assert shown == [{"image/png": {"alt": "loop 3"}}]
+    monkeypatch.setenv("JPY_SESSION_NAME", "a.ipynb")
+    figures.explore(draw, **values)
+    assert len(drawn) == 1                                   # by interact, which is not here
+    slider, menu, field = (controls[name] for name in values)
+    assert (slider.value, slider.min, slider.max) == (3, 1, 9)
+    assert (menu.value, menu.options, field.value) == ("parity", ("parity", "Z5"), "0110")
+    controls["show"](loop=4, task="Z5", text="abc")
+    assert capsys.readouterr().out == "text 'abc': must be bits\n" and len(shown) == 1
+
+
 def test_the_same_figure_is_the_same_file(tmp_path, monkeypatch):
     pictures = []
     for name in ("a", "b"):

@@ -25,6 +25,8 @@ FIGURES = checks.test_every_figure_has_its_numbers_and_is_shown
 MADE = checks.test_every_committed_figure_is_made_by_a_notebook_the_script_beside_it_or_the_bench
 MACHINE = checks.test_no_machine_in_the_outputs
 EXERCISES = checks.test_exercises_have_minutes_difficulty_a_test_and_a_folded_solution
+FOLDED = checks.test_what_draws_or_tests_is_folded
+TRIED = checks.test_a_reader_tries_something_and_commits_to_an_answer_first
 PLACE = checks.test_exercises_can_be_done_where_they_stand
 
 
@@ -119,6 +121,10 @@ FAULTS = {
     "a claim outside of the claims": (CLAIMS, add_output(stream("PASS  by the way\n"))),
     "a figure without files": (FIGURES, rename_a_figure),
     "figures that are not shown": (FIGURES, clear_pictures),
+    "claims that are not folded": (FOLDED, change_claims(metadata={"tags": ["claims"]})),
+    "nothing to try": (TRIED, lambda n: [c.update(source=c.source.replace("figures.explore(", "("))
+                                         for c in code(n)]),
+    "no answer to commit to": (TRIED, reword("**Commit first.**", "Guess.")),
     "a path of somebody's machine": (MACHINE, add_output(stream("/home/me/x"))),
     "an exercise without minutes": (EXERCISES, reword("about 10 minutes", "soon done")),
     "an exercise without a stub": (EXERCISES, lambda n: n.cells.remove(first(n, "exercise"))),

@@ -8,7 +8,6 @@ shows each check a fault.
 import ast
 import builtins
 import json
-import os
 import re
 import statistics
 import sys
@@ -201,19 +200,20 @@ def test_the_film_is_small_and_ends_as_the_figure_does():
     assert np.abs(np.subtract(*pictures)).mean() < 8
 
 
-def test_the_slider_moves_where_someone_is_there_and_gives_a_picture_elsewhere(monkeypatch):
-    (slider,) = (re.search(r"def slider.*?\n\n\n", c.source, re.S)[0]
-                 for c in code(load("05_depth_extrapolation")) if "def slider" in c.source)
-    drawn, shown, names = [], [], {"os": os, "sys": sys, "find_spec": lambda name: True}
-    exec(slider, names)
-    monkeypatch.setattr("ipywidgets.interact", lambda draw,
-                        loop: shown.append((loop.value, loop.min, loop.max)))
-    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
-    names["slider"](drawn.append, 3, 9)
-    assert (drawn, shown) == ([3], [])
-    monkeypatch.setenv("JPY_SESSION_NAME", "a.ipynb")
-    names["slider"](drawn.append, 3, 9)
-    assert (drawn, shown) == ([3], [(3, 1, 9)])
+def test_what_draws_or_tests_is_folded(notebook):
+    """A reader first sees what a cell shows; the site folds the tag, JupyterLab the other."""
+    for cell in code(notebook):
+        folded = "hide-input" in cell.metadata.get("tags", [])
+        assert folded == cell.metadata.get("jupyter", {}).get("source_hidden", False)
+        assert folded or not ("figures.save(" in cell.source or cell in code(notebook, "claims")
+                              or cell in code(notebook, "setup"))
+
+
+def test_a_reader_tries_something_and_commits_to_an_answer_first(notebook):
+    assert sum("figures.explore(" in cell.source for cell in code(notebook)) == 1
+    asked = re.findall(r"^\*\*Commit first\.\*\* .*\?.*\n\n<details><summary>Answer</summary>\n\n"
+                       r"[^<]+\n\n</details>$", prose(notebook), re.M)
+    assert len(asked) == 1
 
 
 def test_cells_are_small_and_explained(notebook):
