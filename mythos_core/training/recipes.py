@@ -192,7 +192,8 @@ RECIPES = {recipe.name: recipe for recipe in (
     *(doubling_recipe(machine(name)) for name in ("parity", "Z5", "S3", "addition")),
     doubling_recipe(machine("A5-all"), name="doubling-A5"),
     *(contracting_recipe(machine(name)) for name in ("parity", "Z5", "S3", "addition")),
-    *(contracting_recipe(machine(name), doubling=True) for name in ("parity", "addition")),
+    *(contracting_recipe(machine(name), doubling=True)
+      for name in ("parity", "Z5", "S3", "addition")),
     Recipe("parity-carrying", parity_config(**_MODEL, window=4, loop_noise=0.3, start_noise=4.0),
            **_TRAINING),
     *(_carrying(name, steps) for name, steps in
