@@ -152,7 +152,7 @@ def safeties():
         kind = file.parent.name.partition("-")[0]
         kinds["state" if kind == "parity" else kind].append(
             min(json.loads(file.read_text(encoding="utf-8"))["safety"].values()))
-    assert len(kinds["contracting"]) == 6
+    assert len(kinds["contracting"]) == 8
     return (f"at least {int(min(kinds['doubling']))} times as much in the doubling models, "
             f"{int(min(kinds['state']))} in the strict ones with codes")
 
