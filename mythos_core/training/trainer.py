@@ -5,6 +5,7 @@ import json
 import pickle
 import shlex
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -29,7 +30,8 @@ EVAL_EVERY = 50     # steps between looks at held-out strings
 
 
 def train(recipe: Recipe | str, seed: int = 0, device=None, progress: bool = True, out=None,
-          resume: bool = False, overwrite: bool = False) -> Run:
+          resume: bool = False, overwrite: bool = False,
+          observer: Callable[[Run], None] | None = None) -> Run:
     """Train a model by a recipe, or by the name of one.
 
     All randomness of step i comes from (seed, i), so that a resumed run is the
@@ -43,6 +45,7 @@ def train(recipe: Recipe | str, seed: int = 0, device=None, progress: bool = Tru
         resume: go on from `out`'s checkpoint, if there is one. It may be of fewer steps, if those
             taken are such as the recipe's more steps can follow.
         overwrite: remove first what another run left in `out`, the files in `folder.FILES`.
+        observer: called with the run after each step, to draw it, say.
 
     Raises:
         FloatingPointError: the loss is not finite; names the step, and
@@ -60,17 +63,18 @@ def train(recipe: Recipe | str, seed: int = 0, device=None, progress: bool = Tru
     check(recipe, seed, device)
     folder = None if out is None else as_folder(out)
     with claimed([folder] if folder else [], resume, overwrite):
-        return train_claimed(recipe, seed, device, progress, folder, resume)
+        return train_claimed(recipe, seed, device, progress, folder, resume, observer)
 
 
 def train_claimed(recipe: Recipe, seed: int, device=None, progress: bool = True,
-                  out: Path | None = None, resume: bool = False) -> Run:
+                  out: Path | None = None, resume: bool = False,
+                  observer: Callable[[Run], None] | None = None) -> Run:
     """`train` by a recipe that is checked, into a folder that is `claimed`."""
     checkpoint = out and out / "checkpoint.pt"
     with torch.random.fork_rng():
         run, optimizer = begin(recipe, seed, device, checkpoint, resume)
         with whole_steps(checkpoint) as stopped:
-            _loop(run, optimizer, checkpoint, progress, stopped)
+            _loop(run, optimizer, checkpoint, progress, stopped, observer or (lambda run: None))
     end(run, optimizer, checkpoint)
     return run
 
@@ -180,7 +184,7 @@ def _command(run: Run) -> str:
     return f"python -m mythos_core.{what} --seed {run.seed}"
 
 
-def _loop(run: Run, optimizer, checkpoint, progress, stopped):
+def _loop(run: Run, optimizer, checkpoint, progress, stopped, observer):
     recipe, before = run.recipe, run.history[-1]["seconds"] if run.history else 0.0
     start, shown = time.perf_counter() - before, {}
     with tqdm(total=recipe.steps, initial=len(run.history), desc=f"{recipe.name} seed {run.seed}",
@@ -189,6 +193,7 @@ def _loop(run: Run, optimizer, checkpoint, progress, stopped):
             step = len(run.history)
             row = {"step": step, **take_step(run, optimizer, step)}
             shown |= note(run, row, start)
+            observer(run)
             bar.set_postfix(loss=f"{row['loss']:.4f}", acc=f"{row['accuracy']:.2f}", **shown,
                             refresh=False)
             bar.update()

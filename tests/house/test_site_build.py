@@ -57,5 +57,5 @@ def test_what_an_earlier_build_left_is_removed(builder, tmp_path):
 def test_a_page_has_its_contents(builder):
     page = builder.read(ROOT / "notebooks" / "05_depth_extrapolation.ipynb")
     contents = builder.describe("05_depth_extrapolation", page)["contents"]
-    assert ("4--the-loop-that-doubles", "4 · The loop that doubles") in contents
+    assert ("3--the-loop-that-doubles", "3 · The loop that doubles") in contents
     assert contents[-1][0] == "references"

@@ -42,6 +42,21 @@ def test_A_is_the_formula_where_the_formula_is_inside():
     assert injection.log_A.grad.isfinite().all()
 
 
+def test_the_injection_is_a_zero_order_hold():
+    """A leaky channel, dh/dt = -a h + e, fed the same e for a time dt, in many small steps."""
+    rate, interval = 0.7, 0.5
+    e, h = torch.tensor([0.0, 1.0, -1.0, 2.0]).double(), torch.full((4,), 3.0).double()
+    injection = LTIInjection(4).double()
+    injection.log_A.data.fill_(rate).log_()
+    injection.log_dt.data.fill_(interval).log_()
+    injection.B.data = (1 - injection.get_A().detach()) / rate
+    held = injection(h.view(1, 1, 4), e.view(1, 1, 4), torch.zeros(1, 1, 4).double(),
+                     injection.get_A()).flatten()
+    for _ in range(20_000):
+        h = h + interval / 20_000 * (e - rate * h)
+    assert torch.allclose(held, h, atol=1e-4)
+
+
 def test_gradient_of_A_is_finite_whatever_the_parameters():
     injection = LTIInjection(4)
     injection.log_A.data = torch.tensor([-1e30, -50.0, 50.0, 1e30])

@@ -56,6 +56,22 @@ def rest_of_jacobian(model, ids) -> float:
                for j in range(max(0, i - model.config.stride + 1), seq))
 
 
+@pytest.mark.parametrize("carry", [False, True])
+@settings(deadline=None, max_examples=6)
+@given(attn_type=st.sampled_from(["gqa", "mla"]), seed=st.integers(0, 99))
+def test_a_loop_is_the_formula_of_notebook_03(carry, seed, attn_type):
+    model = strict_model(seed, torch.float64, carry=carry, attn_type=attn_type)
+    ids, r = strings(seed), model.recurrent
+    ctx = model.context(ids)
+    with torch.no_grad():
+        e = h = model.encode(ids, ctx)
+        for state in loop(model, ids, 4)[1:]:
+            z = r.norm(F.pad(h, (0, 0, 1, 0))[:, :-1] + e)
+            out = r.block(z, ctx, "loop")[0]
+            h = r.injection.get_A() * h + r.injection.B * e + out if carry else out
+            torch.testing.assert_close(state, h, rtol=1e-9, atol=1e-9)
+
+
 def test_the_spectral_radius_with_the_carry_is_max_A_while_a_transient_may_grow():
     model, ids = strict_model(1, torch.float64, carry=True), strings(1, 1, 6)
     ctx, h = model.context(ids), loop(model, ids, 3)[-1]

@@ -156,6 +156,13 @@ def test_runs_in_processes_are_the_runs_alone():
         train_all([("parity", 0)], progress=False)
 
 
+def test_an_observer_sees_every_step():
+    seen = []
+    run = train(replace(SHORT, steps=3), progress=False,
+                observer=lambda run: seen.append((run.history[-1]["step"], len(run.history))))
+    assert seen == [(0, 1), (1, 2), (2, 3)] and len(run.history) == 3
+
+
 def test_an_unknown_recipe_lists_those_there_are():
     with pytest.raises(ValueError, match=r"'parity-carrying', 'parity-extrapolating', "
                        r"'parity-seed', 'state-A5', "):
