@@ -27,7 +27,7 @@ $(VENV)/site: $(VENV)/installed requirements-site.txt
 	touch $@
 
 tutorial: $(VENV)/installed
-	MYTHOS_FIGURES=$(CURDIR)/build/figures $(BIN)/python -m mythos_core.batch $(NOTEBOOKS) --workers $(WORKERS) --out build/tutorial
+	MYTHOS_FIGURES=$(CURDIR)/build/figures $(BIN)/mythos batch $(NOTEBOOKS) --workers $(WORKERS) --out build/tutorial
 
 # Notebooks first: by itself xdist begins with the files of most tests, and ends with one worker at a notebook that trains.
 test: $(VENV)/installed
@@ -93,7 +93,7 @@ site: $(VENV)/site
 publish: $(VENV)/installed
 	rm -rf build/publish
 	MYTHOS_FIGURES=$(CURDIR)/figures $(BIN)/python figures/architecture.py
-	MYTHOS_FIGURES=$(CURDIR)/figures $(BIN)/python -m mythos_core.batch $(NOTEBOOKS) --workers $(WORKERS) --out build/publish --publish
+	MYTHOS_FIGURES=$(CURDIR)/figures $(BIN)/mythos batch $(NOTEBOOKS) --workers $(WORKERS) --out build/publish --publish
 	$(BIN)/python tests/gate.py > figures/arithmetic.txt
 
 lint: $(VENV)/installed

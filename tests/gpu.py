@@ -61,7 +61,7 @@ def read(report: Path) -> dict:
 def notebooks(out: Path, device: str, workers: int) -> dict:
     """All notebooks by papermill, as `make tutorial`, with their `device` named."""
     chosen = sorted((ROOT / "notebooks").glob("*.ipynb"))
-    _, seconds = run("-m", "mythos_core.batch", *chosen, "--workers", workers, "--grid",
+    _, seconds = run("-m", "mythos_core", "batch", *chosen, "--workers", workers, "--grid",
                      f"device={device}", "--out", out / "notebooks",
                      MYTHOS_FIGURES=str(out / "figures"))
     rows = [{"run": path.parent.name, **json.loads(path.read_text(encoding="utf-8"))}

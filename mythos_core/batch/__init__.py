@@ -1,8 +1,8 @@
 """Notebooks over a grid of parameters: papermill executes, dask.distributed schedules, on this
 machine or on a cluster.
 
-    python -m mythos_core.batch NOTEBOOK --grid seed=0:10 --grid name=a,b --workers 2 --out DIR
-    python -m mythos_core.batch report DIR
+    mythos batch NOTEBOOK --grid seed=0:10 --grid name=a,b --workers 2 --out DIR
+    mythos batch report DIR
 
 A run is one notebook with one set of parameters. Its folder in DIR appears whole or not at all:
 notebook.ipynb as executed, stdout.txt of its cells, log.txt of its kernel, result.json. A run that

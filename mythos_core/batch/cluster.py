@@ -15,6 +15,7 @@ from mythos_core.batch.plan import Job
 from mythos_core.batch.run import THREADS, beside, keep, look, run, stop, sweep
 
 LOOPBACK = "127.0.0.1"      # where no other machine reaches
+THREADED = "it must have one thread (dask worker --nthreads 1): papermill is not safe in threads"
 
 
 def work(todo: list[Job], args, out: Path):
@@ -22,11 +23,6 @@ def work(todo: list[Job], args, out: Path):
     client = connect(args)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if client:
-            client.run(look, out, todo[0].about["fingerprint"]["core"])
-            if set(client.nthreads().values()) - {1}:
-                raise ValueError("workers must have one thread each (dask worker --nthreads 1): "
-                                 "papermill is not safe in threads")
         if args.dashboard:
             print(f"dashboard: {_dashboard(client, args)}")
         follow(todo, client, args.retries)
@@ -95,7 +91,7 @@ def slurm_cluster(text: str, out: Path, dashboard: bool = False):
 
 
 def follow(jobs: list[Job], client, retries: int):
-    """Run all jobs, a failure stopping none of the others.
+    """Run all jobs, a failure stopping none of the others. OSError: the first workers cannot.
 
     Dask is given a run when a worker is free, not before: it counts a worker's death against all
     runs that were assigned to it, also those that only wait there; and so its scheduler holds as
@@ -103,13 +99,14 @@ def follow(jobs: list[Job], client, retries: int):
     """
     waiting, running, done = deque(jobs), {}, queue.SimpleQueue()
     tries, failed, executor = Counter(), 0, ThreadPoolExecutor(1)
+    known: dict[str, bool] = {}
     # None: a bar on a terminal, and in a log a line for each run
     with tqdm(total=len(jobs), unit="run", smoothing=0, disable=None) as bar:
         while waiting or running:
-            workers = len(client.nthreads()) if client else 1
-            while waiting and len(running) < workers:
+            workers = fitting(client, jobs[0], known) if client else [LOOPBACK]
+            while waiting and len(running) < len(workers):
                 job = waiting.popleft()
-                future = _submit(job, client, executor)
+                future = _submit(job, client, executor, workers)
                 running[future] = job
                 future.add_done_callback(done.put)
             bar.set_postfix_str(f"{failed} failed, {len(running)} running")
@@ -129,10 +126,32 @@ def follow(jobs: list[Job], client, retries: int):
         bar.set_postfix_str(f"{failed} failed")
 
 
-def _submit(job: Job, client, executor: ThreadPoolExecutor):
-    """A future of the run, on a worker or in this process; each try has a key of its own."""
+def fitting(client, job: Job, known: dict[str, bool]) -> list[str]:
+    """The workers that can do runs such as this one. Each is looked at once, when it has joined;
+    `known` keeps what was found. One that joins later and cannot is named, and gets no runs.
+
+    OSError: one of the first that there are cannot.
+    """
+    threads, first = client.nthreads(), not any(known.values())
+    if new := [address for address in threads if address not in known]:
+        looked = client.run(look, job.folder.parent, job.about["fingerprint"]["core"],
+                            workers=new, on_error="return")
+        for address in new:
+            fault = looked.get(address) or (THREADED if threads[address] > 1 else None)
+            if fault and first:
+                raise OSError(f"worker at {address}: {fault}")
+            if fault:
+                tqdm.write(f"no runs for the worker at {address}: {fault}", file=sys.stderr)
+            known[address] = not fault
+    return [address for address in threads if known[address]]
+
+
+def _submit(job: Job, client, executor: ThreadPoolExecutor, workers: list[str]):
+    """A future of the run, on one of the workers or in this process; each try has a key of its
+    own. If those workers end, it goes to one that has come in their place."""
     if client:
-        return client.submit(run, job, key=f"{job.folder.name}-{time.time_ns()}")
+        return client.submit(run, job, key=f"{job.folder.name}-{time.time_ns()}",
+                             workers=workers, allow_other_workers=True)
     return executor.submit(run, job)
 
 

@@ -110,7 +110,7 @@ def _command(notebook: Path, parameters: dict) -> str:
     """What makes this run alone, from the folder where the batch was started."""
     path = shlex.quote(_seen_from(Path.cwd(), notebook))
     options = ["--grid " + shlex.quote(f"{name}={value!r}") for name, value in parameters.items()]
-    return " ".join(["python -m mythos_core.batch", path, *options])
+    return " ".join(["mythos batch", path, *options])
 
 
 def _seen_from(folder: Path, file: Path) -> str:

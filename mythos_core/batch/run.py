@@ -116,10 +116,13 @@ def _kernel_manager(job: Job, log) -> Any:
             KERNELS[job.folder] = self.provisioner.pid
 
         async def shutdown_kernel(self, *args, **options):
+            started = []
             with suppress(psutil.Error, OSError):
                 if pid := KERNELS.get(job.folder):
+                    started = psutil.Process(pid).children(recursive=True)
                     Manager.peak = peak_mb(pid)
             await super().shutdown_kernel(*args, **options)
+            _kill(started)      # in sessions of their own they outlive their kernel
 
     return Manager
 
@@ -186,15 +189,15 @@ def stop(out: Path):
     nothing, also one whose kernel is only about to start."""
     for folder in [folder for folder in KERNELS if folder.parent == out]:
         if pid := KERNELS.pop(folder, None):
-            _kill(pid)
-
-
-def _kill(pid: int):
-    with suppress(psutil.NoSuchProcess):
-        kernel = psutil.Process(pid)
-        for process in [*kernel.children(recursive=True), kernel]:
             with suppress(psutil.NoSuchProcess):
-                process.kill()
+                kernel = psutil.Process(pid)
+                _kill([*kernel.children(recursive=True), kernel])
+
+
+def _kill(processes: list[psutil.Process]):
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def sweep(out: Path):

@@ -67,6 +67,13 @@ class OpenMythos(nn.Module, PyTorchModelHubMixin):
         self.head.weight = self.embed.weight
         self._init_weights()
 
+    def __setattr__(self, name: str, value):
+        """AttributeError for another config: the parts were made by the first, which is saved."""
+        if name == "config" and "config" in vars(self):
+            raise AttributeError("config: is fixed when the model is made; must be given to a new "
+                                 "one, as OpenMythos(replace(model.config, ...))")
+        super().__setattr__(name, value)
+
     def _init_weights(self):
         """Every matrix ~ N(0, init_std^2), the embedding by embed_std; vectors keep what their
         module gave them."""

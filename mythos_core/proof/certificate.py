@@ -206,8 +206,8 @@ def automaton(model: OpenMythos, letters: int) -> Machine | None:
 def _check(model, machine=None):
     c = model.config
     if c is not model.recurrent.config:
-        raise ValueError("model.config: was changed after the model was made; its parts have "
-                         "another")
+        raise ValueError("model.recurrent.config: was changed after the model was made; must be "
+                         "model.config")
     wanted = {"strict": True} if c.dilation == 1 else {}
     for name, value in {**wanted, "window": 1, "stride": 1, "carry": False, "rope": False,
                         "attn_type": "gqa", "max_seq_len": None}.items():

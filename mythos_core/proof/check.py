@@ -5,9 +5,10 @@
 reads config.json, model.safetensors and certificate.json, with no module of this package and no
 PyTorch, and proves again what the certificate says: by balls of real numbers (Arb, in python-flint)
 around the exact value of every context, and a bound of how far rounding may take any machine from
-it. docs/certificate.md has the format, the theorems and the bounds. Exit 0: proved; 1: not, and
-why.
+it. docs/certificate.md has the format, the theorems and the bounds. Exit 0: proved; 2: not, and
+why. `mythos check DIR` does the same, and so does `python check.py DIR` with a copy of this file.
 """
+import argparse
 import hashlib
 import json
 import sys
@@ -533,21 +534,26 @@ def _answers(answer):
             for state, token in answer.items()]
 
 
-def main(argv):
+def options(parser):
+    parser.add_argument("folder", metavar="DIR",
+                        help="has config.json, model.safetensors and certificate.json")
+
+
+def run(args):
     def show(done, of):
         if sys.stderr.isatty():
             print(f"\r{done} of {of} choices", end="" if done < of else "\n", file=sys.stderr)
 
     try:
-        if len(argv) != 1:
-            raise Refused("usage: python -m mythos_core.proof.check DIR")
-        print(check(argv[0], show))
+        print(check(args.folder, show))
     except (Refused, OSError, ValueError, KeyError, TypeError, IndexError, AttributeError,
             ArithmeticError, RecursionError, safetensors.SafetensorError) as error:
         print(f"not proved: {error if isinstance(error, Refused) else repr(error)}")
-        return 1
+        return 2
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    alone = argparse.ArgumentParser(epilog="Exit codes: 0 proved; 2 not proved, or no such folder.")
+    options(alone)
+    sys.exit(run(alone.parse_args()))

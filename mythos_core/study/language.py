@@ -1,6 +1,6 @@
 """Looped models of text: the arms of notebook 10, and a run of one.
 
-    python -m mythos_core.study.language --arm strict --seed 0 --dim 128 --steps 700 --out DIR
+    mythos language --arm strict --seed 0 --dim 128 --steps 700 --out DIR
 
 A run trains, writes the model with its weights in bfloat16, measures what it has written, and
 leaves the measures in row.json. With --resume it goes on from its checkpoint.
@@ -9,10 +9,7 @@ import argparse
 import copy
 import json
 import platform
-import shlex
-import signal
-import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +25,6 @@ from mythos_core.training import Run
 from mythos_core.training.folder import add_options, as_folder, claimed, require_free
 from mythos_core.training.recipes import Recipe
 from mythos_core.training.trainer import EVAL_EVERY, check, provenance, train_claimed, write
-
-EXITS = ("Exit codes: 0 trained and measured; 2 refused, or stopped by an error that is said; "
-         "130 stopped by Ctrl-C; 143 stopped by SIGTERM.")
 
 #: What each arm changes: in the recipe, and by "config." in the model. But for the last one all
 #: have the same parameters, within 1 %.
@@ -123,26 +117,21 @@ def result(run: Run, model: OpenMythos, command: str, most: int | None = None) -
 def _change(text: str) -> tuple[str, Any]:
     """NAME=VALUE, the value as JSON."""
     name, _, value = text.partition("=")
-    return name, json.loads(value)
-
-
-def main(argv=None):
-    """Train one arm, write its model, its row and its checkpoint below --out; ends as `EXITS`
-    says."""
-    parser = _parser()
-    args = parser.parse_args(argv)
-    command = f"{parser.prog} {shlex.join(sys.argv[1:] if argv is None else argv)}"
+    others = ("name", "config", "machine", "corpus", "steps")    # said by options of their own
+    known = [*(field.name for field in fields(Recipe) if field.name not in others),
+             *(f"config.{field.name}" for field in fields(MythosConfig))]
+    if name not in known:
+        raise argparse.ArgumentTypeError(f"{text!r}: {name!r} must be one of {known}")
     try:
-        _train(args, command)
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-    except KeyboardInterrupt as stopped:
-        code = stopped.args[0] if stopped.args else 128 + signal.SIGINT
-        parser.exit(code, "\nstopped; go on with --resume\n")
+        return name, json.loads(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be NAME=JSON, such as batch=8 or "
+                                         "config.strict=true") from error
 
 
-def _train(args, command: str):
-    """The run that is asked for, measured and written; its folder stays its own until then."""
+def run(args):
+    """Train one arm, and write its model, its row and its checkpoint below --out, which stays its
+    own until then."""
     out = as_folder(args.out)
     require_free(out, args.resume, args.overwrite)
     if args.windows is not None and args.windows < 1:
@@ -153,8 +142,8 @@ def _train(args, command: str):
     check(recipe, args.seed, args.device)
     corpus.require("test", CONTEXT)
     with claimed([out], args.resume, args.overwrite):
-        run = train_claimed(recipe, args.seed, args.device, out=out, resume=args.resume)
-        row = result(run, write_bfloat16(run, out / "bfloat16"), command, args.windows)
+        done = train_claimed(recipe, args.seed, args.device, out=out, resume=args.resume)
+        row = result(done, write_bfloat16(done, out / "bfloat16"), args.command, args.windows)
         write(out / "row.json", json.dumps(row) + "\n")
     by_loops = ", ".join(f"{n}: {x:.3f}" for n, x in zip(row["loops"], row["bits"]))
     print(f"{args.arm}, seed {args.seed}: {row['parameters']:,} parameters, "
@@ -162,9 +151,8 @@ def _train(args, command: str):
           f"bits per byte by loops {by_loops}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m mythos_core.study.language", epilog=EXITS,
-                                     description="Train and measure one arm on text.")
+def options(parser: argparse.ArgumentParser):
+    """What is to be trained on which text, and where."""
     add = parser.add_argument
     add("--arm", required=True, help=f"one of {sorted(ARMS)}")
     add("--corpus", default="topics",
@@ -179,8 +167,3 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", required=True, help="folder for checkpoint, weights, history, the weights in "
                                      "bfloat16 and row.json")
     add_options(parser)
-    return parser
-
-
-if __name__ == "__main__":
-    main()

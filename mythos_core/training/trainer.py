@@ -177,11 +177,11 @@ def _command(run: Run) -> str:
     recipe, name = run.recipe, shlex.quote(run.recipe.name)
     kind = (("--doubling " if recipe.config.dilation > 1 else "")
             + ("--contracting " if recipe.contraction else ""))
-    what = (f"training --recipe {name}" if recipe.name in RECIPES
-            else f"study.language --arm {name} --corpus {shlex.quote(recipe.corpus.name)} "
+    what = (f"train --recipe {name}" if recipe.name in RECIPES
+            else f"language --arm {name} --corpus {shlex.quote(recipe.corpus.name)} "
                  f"--dim {recipe.config.dim}" if recipe.corpus is not None
-            else f"training {kind}--machine {shlex.quote(recipe.machine.name)}")
-    return f"python -m mythos_core.{what} --seed {run.seed}"
+            else f"train {kind}--machine {shlex.quote(recipe.machine.name)}")
+    return f"mythos {what} --seed {run.seed}"
 
 
 def _loop(run: Run, optimizer, checkpoint, progress, stopped, observer):

@@ -15,6 +15,7 @@ from urllib.parse import unquote
 
 import nbformat
 import pdoc
+from jinja2 import pass_context
 from math_core import LatexToMathML
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
@@ -27,7 +28,10 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 REPOSITORY = re.search(r'Repository = "(.*?)"', PROJECT)[1]
-DOCS = ("glossary", "claims", "use", "batches", "bench", "language", "peers", "results")
+DOCS = ("glossary", "claims", "use", "certificate", "batches", "bench", "language", "peers",
+        "results")
+#: What is shown of an output, the first that it has; no widget: it needs a kernel.
+KINDS = ["text/html", "image/png", "image/svg+xml", "text/plain"]
 SOURCES = [ROOT / "README.md", *sorted(ROOT.glob("notebooks/*.ipynb")),
            *(ROOT / "docs" / f"{name}.md" for name in DOCS)]
 PAGES = {path.name: "index" if path.stem == "README" else path.stem for path in SOURCES}
@@ -75,10 +79,19 @@ def on_the_site(url):
     return f"{REPOSITORY}/blob/main/{path.removeprefix('../')}"
 
 
-def markdown2html(source):
-    """A table's cells have a box that style.css gives a width."""
-    html = MarkdownWithMath(renderer=Renderer(escape=False)).render(source)
+@pass_context
+def markdown2html(context, source):
+    """A cell's pictures that are attached to it lie in the page. A table's cells have a box that
+    style.css gives a width."""
+    attached = context.get("cell", {}).get("attachments")
+    html = MarkdownWithMath(renderer=Renderer(escape=False, attachments=attached)).render(source)
     return re.sub(r"<(t[hd])\b([^>]*)>(.*?)</\1>", r"<\1\2><div>\3</div></\1>", html, flags=re.S)
+
+
+def picture(output):
+    """The kind of the picture that an output is shown as; None if it is none."""
+    return next((kind for kind in KINDS if kind in output.get("data", {})
+                 and kind.startswith("image/")), None)
 
 
 def name_pictures(notebook):
@@ -87,12 +100,11 @@ def name_pictures(notebook):
     pictures = []
     for cell in notebook.cells:
         pictures += [output for output in cell.get("outputs", [])
-                     if "image/png" in output.get("data", {})
-                     and "image/png" not in output.metadata]
+                     if (kind := picture(output)) and kind not in output.metadata]
         if pictures and (saved := re.search(r'figures\.save\(\s*\w+,\s*"(\w+)"', cell.source)):
-            for picture in pictures:
-                numbers = (ROOT / "figures" / f"{saved[1]}.json").read_text(encoding="utf-8")
-                picture.metadata["image/png"] = {"alt": json.loads(numbers)["alt"]}
+            numbers = (ROOT / "figures" / f"{saved[1]}.json").read_text(encoding="utf-8")
+            for output in pictures:
+                output.metadata[picture(output)] = {"alt": json.loads(numbers)["alt"]}
             pictures[-1].metadata["filenames"] = {"image/png": f"figures/{saved[1]}.png"}
             pictures = []
 
@@ -135,32 +147,37 @@ def clear(out):
     (out / MARK).touch()
 
 
+def exporter():
+    """What makes a page of a notebook."""
+    return HTMLExporter(template_name="template", extra_template_basedirs=[str(HERE)],
+                        filters={"markdown2html": markdown2html},
+                        preprocessors=[CoalesceStreamsPreprocessor],
+                        exclude_input_prompt=True, exclude_output_prompt=True,
+                        config=Config(NbConvertBase={"display_data_priority": KINDS}))
+
+
 def build(out):
     """Write the site to a folder; ValueError if there is something else in it."""
     clear(out)
     notebooks = {PAGES[path.name]: read(path) for path in SOURCES}
     pages = [describe(name, notebook) for name, notebook in notebooks.items()]
-    kinds = ["text/html", "image/png", "text/plain"]  # no widget: it needs a kernel
-    exporter = HTMLExporter(template_name="template", extra_template_basedirs=[str(HERE)],
-                            filters={"markdown2html": markdown2html},
-                            preprocessors=[CoalesceStreamsPreprocessor],
-                            exclude_input_prompt=True, exclude_output_prompt=True,
-                            config=Config(NbConvertBase={"display_data_priority": kinds}))
+    write = exporter()
     shutil.copytree(ROOT / "figures", out / "figures",
                     ignore=shutil.ignore_patterns("*.json", "*.py", "__pycache__"))
     shutil.copy(HERE / "style.css", out)
     for before, page, after in zip([None, *pages], pages, [*pages[1:], None]):
         notebook = notebooks[page["name"]]
         name_pictures(notebook)
-        html, _ = exporter.from_notebook_node(notebook,
-                                              {"site": pages[0], "page": page, "before": before,
-                                               "after": after, "repository": REPOSITORY})
+        html, _ = write.from_notebook_node(notebook, {"site": pages[0], "page": page,
+                                                      "before": before, "after": after,
+                                                      "repository": REPOSITORY})
         (out / f"{page['name']}.html").write_text(html, encoding="utf-8")
     pdoc.render.configure(docformat="google", search=False, show_source=False)
     for name in mythos_core.__all__:   # pdoc sees only what the package has imported
         getattr(mythos_core, name)
-    modules = pkgutil.iter_modules(mythos_core.__path__, "mythos_core.")
-    pdoc.pdoc("mythos_core", *(module.name for module in modules), output_directory=out / "api")
+    modules = [module.name for module in pkgutil.iter_modules(mythos_core.__path__, "mythos_core.")
+               if not module.name.endswith("__main__")]          # the command line: it has --help
+    pdoc.pdoc("mythos_core", *modules, output_directory=out / "api")
     print(f"{len(pages)} pages in {out}, "
           f"{sum(path.stat().st_size for path in out.rglob('*') if path.is_file()) / 2**20:.1f} "
           "MB")

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import ssl
@@ -23,19 +24,23 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from mythos_core import study
-from mythos_core.batch import __main__ as command_line
+from mythos_core.__main__ import main as mythos
 from mythos_core.batch import cluster as workers
+from mythos_core.batch import command as command_line
 from mythos_core.batch import plan as planning
 from mythos_core.batch import read, record
 from mythos_core.batch import run as running
-from mythos_core.batch.__main__ import main
 from mythos_core.batch.grid import parse_grid
 
 ROOT = Path(__file__).parents[2]
-PYTHON = [sys.executable, "-m", "mythos_core.batch"]
+PYTHON = [sys.executable, "-m", "mythos_core", "batch"]
 posix = pytest.mark.skipif(os.name != "posix",
                            reason="signals and process groups as POSIX has them")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def main(words):
+    return mythos(["batch", *words])
 
 
 def write(path, *cells):
@@ -148,7 +153,7 @@ def test_a_command_is_read_as_it_is_written(tmp_path, good):
     (job,) = planning.plan([Path(good)], [given], tmp_path, 1)
     assert ((parameters := job.about["parameters"]) == {**given, "rate": 1.0}
             and isinstance(parameters["rate"], float))
-    options = [word for word in shlex.split(job.about["command"])[3:] if word != "--grid"]
+    options = [word for word in shlex.split(job.about["command"])[2:] if word != "--grid"]
     assert Path(options[0]).resolve() == Path(good) and parse_grid(options[1:]) == [parameters]
 
 
@@ -173,6 +178,17 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
     with pytest.raises(SystemExit) as stop:
         main([good, *arguments, "--out", str(tmp_path / "out")])
     assert stop.value.code == 2 and named in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("threads", ["abc", "0", "-1", "2,1", "1.5", " "])
+def test_a_number_of_threads_that_is_none_is_refused_by_name(tmp_path, good, capsys, monkeypatch,
+                                                            threads):
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    with pytest.raises(SystemExit) as stop:
+        main([good, "--out", str(tmp_path / "out")])
+    said = f"OMP_NUM_THREADS = {threads!r}: must be a number, at least 1, or not set"
+    assert stop.value.code == 2 and said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -250,7 +266,7 @@ def test_what_arrives_in_the_notebook_is_what_was_asked_for(tmp_path):
     assert running.run(job)["error"] is None
     assert (job.folder / "stdout.txt").read_text(encoding="utf-8") == f"{asked}\n"
     assert read(job.folder)["parameters"] == json.loads(json.dumps(asked))
-    words = shlex.split(job.about["command"])[4:]
+    words = shlex.split(job.about["command"])[3:]
     assert parse_grid([word for word in words if word != "--grid"]) == [asked]
 
 
@@ -572,6 +588,29 @@ def test_a_run_ends_at_its_time_limit_alone(tmp_path, no_report, capsys):
     assert runs[1]["seconds"] > 8
 
 
+@posix
+@pytest.mark.parametrize("then, options, error", [
+    ("while True:\n    pass", ["--timeout", "6"], "TimeoutError: not finished after 6 s"),
+    ("1 / 0", [], "ZeroDivisionError: division by zero"), ("", [], None)])
+def test_what_a_run_started_ends_with_it_also_in_a_session_of_its_own(
+        tmp_path, no_report, then, options, error):
+    """A child, and a child of that; neither is of the kernel's process group."""
+    sleep = "import time; time.sleep(300)"
+    own = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', {}], " \
+          "start_new_session=True)"
+    begin = f"{own.format(repr(f'{own.format(repr(sleep))}; {sleep}'))}\n"
+    wait = ("import os, psutil, time\nwhile len(found := psutil.Process().children(recursive=True))"
+            " < 2:\n    time.sleep(0.1)\nprint(*(child.pid for child in found))\n")
+    notebook = write(tmp_path / "starts.ipynb", (begin + wait,), (then or "0",))
+    assert main([notebook, *options, "--out", str(tmp_path / "out")]) == bool(error)
+    (name,) = folders(tmp_path / "out")
+    assert read(tmp_path / "out" / name)["error"] == error
+    started = (tmp_path / "out" / name / "stdout.txt").read_text(encoding="utf-8").split()
+    assert len(started) == 2
+    until(lambda: not any(psutil.pid_exists(int(pid)) and alive(psutil.Process(int(pid)))
+                          for pid in started), 10)
+
+
 @pytest.mark.parametrize("failures", [1, 2])
 def test_a_kernel_that_died_as_it_started_is_started_once_more(tmp_path, monkeypatch, failures):
     notebook = Path(write(tmp_path / "starts.ipynb", ("seed = 0", "parameters"), ("seed + 1",)))
@@ -772,21 +811,32 @@ def test_a_file_that_is_being_written_has_no_address_yet(tmp_path):
 
 
 @pytest.fixture
-def cluster(tmp_path):
-    """A scheduler and two workers, as processes; its address."""
-    file, started = tmp_path / "scheduler.json", []
-    for what in (["scheduler", "--port", "0", "--no-dashboard", "--host", "127.0.0.1"],
-                 *2 * [["worker", "--nthreads", "1"]]):
-        command = [sys.executable, "-m", "dask", *what, "--scheduler-file", str(file)]
-        started.append(subprocess.Popen(command, env=ENVIRONMENT, cwd=tmp_path,
-                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+def dask_process(tmp_path):
+    """Starts a scheduler or a worker, which imports from a folder first."""
+    started = []
+
+    def make(*what, path=ROOT):
+        command = [sys.executable, "-m", "dask", *what, "--scheduler-file",
+                   str(tmp_path / "scheduler.json")]
+        started.append(subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(path)},
+                                        cwd=tmp_path, stdout=subprocess.DEVNULL,
+                                        stderr=subprocess.DEVNULL))
     try:
-        until(lambda: address(file))
-        yield address(file)
+        yield make
     finally:
         for process in reversed(started):
             process.terminate()
             process.wait(20)
+
+
+@pytest.fixture
+def cluster(tmp_path, dask_process):
+    """A scheduler and two workers, as processes; its address."""
+    dask_process("scheduler", "--port", "0", "--no-dashboard", "--host", "127.0.0.1")
+    for _ in range(2):
+        dask_process("worker", "--nthreads", "1")
+    until(lambda: address(tmp_path / "scheduler.json"))
+    return address(tmp_path / "scheduler.json")
 
 
 def test_a_scheduler_and_workers_of_their_own(tmp_path, good, cluster, no_report, capsys,
@@ -801,6 +851,36 @@ def test_a_scheduler_and_workers_of_their_own(tmp_path, good, cluster, no_report
     assert all(read(tmp_path / "out" / name)["results"]["score"] >= 0
                for name in folders(tmp_path / "out"))
     assert main([*command[:2], "seed=4,5", *command[3:]]) == 0   # the cluster is still there
+
+
+def test_a_worker_that_joins_later_is_looked_at_as_the_first_ones_are(
+        tmp_path, good, cluster, dask_process, no_report, capsys, monkeypatch):
+    other, none = tmp_path / "other", tmp_path / "none"
+    shutil.copytree(ROOT / "mythos_core", other / "mythos_core",
+                    ignore=shutil.ignore_patterns("pretrained", "results", "__pycache__"))
+    with open(other / "mythos_core" / "figures.py", "a", encoding="utf-8") as file:
+        file.write("# another\n")
+    none.mkdir()
+    (none / "mythos_core.py").write_text("raise ImportError('there is none')", encoding="utf-8")
+    original = workers.fitting
+
+    def joined(client, job, known):
+        """When the first ones were looked at, four others join, of which one can."""
+        found = original(client, job, known)
+        if len(client.nthreads()) == 2:
+            for path, threads in ((other, 1), (none, 1), (ROOT, 2), (ROOT, 1)):
+                dask_process("worker", "--nthreads", str(threads), path=path)
+            until(lambda: len(client.nthreads()) == 6)
+        return found
+
+    monkeypatch.setattr(workers, "fitting", joined)
+    assert main([good, "--grid", "seed=0:9", "--scheduler", cluster, "--out",
+                 str(tmp_path / "out")]) == 0
+    said = capsys.readouterr()
+    refused = [line for line in said.err.splitlines() if line.startswith("no runs for the worker")]
+    assert "9 passed, 0 failed" in said.out and len(refused) == 3
+    for fault in ("has another mythos_core", "there is none", "must have one thread"):
+        assert sum(fault in line for line in refused) == 1
 
 
 def test_workers_of_many_threads_are_refused(tmp_path, good, capsys):

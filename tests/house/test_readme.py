@@ -1,6 +1,8 @@
 """Numbers in the README and in docs/ are those of the figures and the committed rows."""
 import json
 import re
+from argparse import ArgumentParser
+from importlib import import_module
 from pathlib import Path
 from statistics import mean, median
 
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 
 from mythos_core import study
+from mythos_core.__main__ import COMMANDS
 from mythos_core.model.model import PRETRAINED
 
 ROOT = Path(__file__).parents[2]
@@ -518,6 +521,12 @@ def test_the_code_runs(capsys, page, printed):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_commands_exist(name):
+    """Make's targets, and the commands of `mythos` with their options."""
+    given = re.findall(r"(?:^|`)mythos ([a-z]+)\b([^`\n]*(?:\\\n.*)*)", PAGES[name], re.M)
+    for command, rest in given:
+        parser = ArgumentParser()
+        import_module(COMMANDS[command].module).options(parser)
+        assert set(re.findall(r"(?<!\S)--\w[\w-]*", rest)) <= {*parser._option_string_actions}
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = re.findall(r"^([a-z]+(?:-[a-z]+)*):", makefile, re.M)
     assert set(re.findall(r"(?:^|`)make ([\w-]+)", PAGES[name], re.M)) <= set(targets)

@@ -1,10 +1,15 @@
-"""The builder of the site removes only what it made. What it makes, tests/browser looks at."""
+"""The builder of the site removes only what it made, and shows what pages need not have. What it
+makes of ours, tests/browser looks at."""
+import base64
 import importlib.util
+import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,6 +57,47 @@ def test_what_an_earlier_build_left_is_removed(builder, tmp_path):
         (out / "old.html").touch()
         builder.clear(out)
         assert [path.name for path in out.iterdir()] == [builder.MARK]
+
+
+def page_of(builder, *cells):
+    """The pictures of a page, by what they say: where each comes from."""
+    builder.name_pictures(notebook := new_notebook(cells=list(cells)))
+    about = {"name": "a", "title": "A", "description": "d", "contents": []}
+    html, _ = builder.exporter().from_notebook_node(notebook, {"site": about, "page": about,
+                                                               "repository": "r"})
+    assert "<script" not in html
+    pictures = re.findall(r"<img\b[^>]*>", html)
+    return {re.search(r'alt="(.*?)"', one)[1]: re.search(r'src="(.*?)"', one)[1]
+            for one in pictures}
+
+
+def test_a_picture_that_is_attached_to_a_cell_is_on_its_page_alone(builder):
+    cells = [new_markdown_cell(f"![of {i}](attachment:x.png), ![a file](../figures/y.png)",
+                               attachments={"x.png": {"image/png": f"AAA{i}"}}) for i in range(2)]
+    assert page_of(builder, *cells) == {"of 0": "data:image/png;base64,AAA0",
+                                        "of 1": "data:image/png;base64,AAA1",
+                                        "a file": "figures/y.png"}
+
+
+SVG = '<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script><path d="M0 0"/></svg>'
+
+
+def test_a_drawing_is_a_picture_with_the_words_of_its_figure(builder):
+    cells = [new_code_cell("draw()", outputs=[new_output("display_data", {
+                 "image/svg+xml": SVG, "text/plain": "<a drawing>"})]),
+             new_code_cell('figures.save(figure, "overview", numbers)')]
+    ((alt, source),) = page_of(builder, *cells).items()
+    numbers = (ROOT / "figures" / "overview.json").read_text(encoding="utf-8")
+    assert alt == json.loads(numbers)["alt"]
+    kind, _, data = source.partition(",")
+    assert kind == "data:image/svg+xml;base64" and base64.b64decode(data).decode() == SVG
+
+
+def test_of_a_picture_of_both_kinds_the_pixels_are_shown(builder):
+    both = new_output("display_data", {"image/svg+xml": SVG, "image/png": "AAAA"},
+                      metadata={"image/png": {"alt": "both"}})
+    assert page_of(builder, new_code_cell("draw()", outputs=[both])) == {
+        "both": "data:image/png;base64,AAAA"}
 
 
 def test_a_page_has_its_contents(builder):

@@ -72,13 +72,13 @@ def test_a_model_that_ships(use):
 
 
 def test_a_training(use):
-    use("-m", "mythos_core.training", "--recipe", "parity-carrying", "--steps", "2", "--out",
+    use("-m", "mythos_core", "train", "--recipe", "parity-carrying", "--steps", "2", "--out",
         "carrying")
     assert json.loads((use.folder / "carrying" / "config.json").read_text(encoding="utf-8"))
 
 
 def test_a_machine_that_two_steps_do_not_prove(use):
-    assert "proved" in use("-m", "mythos_core.training", "--machine", "S3", "--steps", "2",
+    assert "proved" in use("-m", "mythos_core", "train", "--machine", "S3", "--steps", "2",
                            "--out", "machine", code=2)
 
 
@@ -87,10 +87,10 @@ def test_a_batch_and_its_report(use):
              nbformat.v4.new_code_cell(NOTEBOOK)]
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), use.folder / "one.ipynb")
-    said = use("-m", "mythos_core.batch", "one.ipynb", "--grid", "seed=3", "--out", "out")
+    said = use("-m", "mythos_core", "batch", "one.ipynb", "--grid", "seed=3", "--out", "out")
     assert "1 passed, 0 failed" in said
     (row,) = json.loads((use.folder / "out" / "results.json").read_text(encoding="utf-8"))
     assert row["seed"] == 3 and row["parameters"] > 10_000
     (use.folder / "out" / "index.html").unlink()
-    use("-m", "mythos_core.batch", "report", "out")
+    use("-m", "mythos_core", "batch", "report", "out")
     assert (use.folder / "out" / "index.html").is_file()

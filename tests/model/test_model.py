@@ -1,8 +1,10 @@
+import copy
 import json
 import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import several
@@ -184,6 +186,18 @@ def test_a_copy_without_halting_runs_every_loop():
     for t in range(7):
         h, _ = model.recurrent.step(h, e, t, ctx)
     assert torch.equal(h, loops[-1])
+
+
+def test_a_config_is_fixed_when_the_model_is_made(tmp_path):
+    """So the one that is saved is the one that the model computes by."""
+    model = OpenMythos(tiny(halting="none"))
+    before = model.config
+    with pytest.raises(AttributeError, match="config: is fixed when the model is made; must be"):
+        model.config = replace(before, halting="act")
+    model.save_pretrained(tmp_path)
+    assert OpenMythos.from_pretrained(tmp_path).config == model.config == before
+    again = copy.deepcopy(model)
+    assert again.config == before and OpenMythos(again.config).config is again.config
 
 
 def test_weights_come_back_as_saved(tmp_path):

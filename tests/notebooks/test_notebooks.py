@@ -10,12 +10,14 @@ import builtins
 import json
 import re
 import statistics
+import sys
 from pathlib import Path
 
 import nbformat
 import numpy as np
 import pytest
 from gate import exercises, figures_of, names_saved
+from IPython.core.inputtransformer2 import TransformerManager
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +73,17 @@ def test_form(notebook):
     assert len(code(notebook, "parameters")) == 1
     (setup,) = code(notebook, "setup")
     assert f"git+{REPOSITORY}" in setup.source and not setup.outputs
+
+
+def test_a_notebook_alone_says_what_to_install(notebook, monkeypatch):
+    """In a folder without the package, before its first import from it; and nothing where it is."""
+    (setup,) = code(notebook, "setup")
+    plain = TransformerManager().transform_cell(setup.source)
+    exec(plain, {})
+    monkeypatch.setitem(sys.modules, "mythos_core", None)
+    with pytest.raises(ModuleNotFoundError, match=re.escape(f"pip install git+{REPOSITORY}")):
+        exec(plain, {})
+    assert setup.source == code(load(NAMES[0]), "setup")[0].source
 
 
 def test_no_cell_of_prose_is_long(notebook):

@@ -132,8 +132,8 @@ def test_what_the_theorem_does_not_cover_is_refused_by_name(changes, named):
 
 def test_a_config_that_was_changed_afterwards_is_refused():
     model = strict_model(**FREE)
-    model.config = replace(model.config, loop_norm=True)
-    with pytest.raises(ValueError, match=r"model.config: was changed after the model was made"):
+    model.recurrent.config = replace(model.config, loop_norm=True)
+    with pytest.raises(ValueError, match=r"model.recurrent.config: was changed after the"):
         certify(model, machine("parity"))
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mythos_core.__main__ import main
 from mythos_core.model.model import PRETRAINED
 from mythos_core.proof import check
 from mythos_core.proof.check import Refused
@@ -31,6 +32,13 @@ def test_it_imports_no_torch_and_none_of_ours():
     run = subprocess.run([sys.executable, "-c", code, PRETRAINED / DILATED], capture_output=True,
                          text=True, check=True)
     assert run.stdout.strip() == "['mythos_core', 'mythos_core.proof', 'mythos_core.proof.check']"
+
+
+#: Runs a file where mythos_core cannot be imported.
+ALONE = """import runpy, sys
+sys.modules["mythos_core"] = sys.modules["torch"] = None
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")"""
 
 
 @pytest.fixture
@@ -212,15 +220,24 @@ def test_one_bit_of_the_weights(folder):
 
 
 def test_the_command_says_what_it_found_and_exits_accordingly(folder, capsys):
-    assert check.main([str(folder(DILATED))]) == 0
+    assert main(["check", str(folder(DILATED))]) == 0
     assert capsys.readouterr().out.startswith("proved: ")
     broken = folder(STRICT, certificate=edit("asked", "start", 1))
-    for argv, why in (([str(broken)], "not proved: "), ([], "not proved: usage: "),
-                      ([str(broken / "nowhere")], "not proved: FileNotFoundError")):
-        assert check.main(argv) == 1
+    for of, why in ((broken, "not proved: "),
+                    (broken / "nowhere", "not proved: FileNotFoundError")):
+        assert main(["check", str(of)]) == 2
         assert capsys.readouterr().out.startswith(why)
     (broken / "model.safetensors").write_bytes(b"nothing")
-    assert check.main([str(broken)]) == 1 and "not proved" in capsys.readouterr().out
+    assert main(["check", str(broken)]) == 2 and "not proved" in capsys.readouterr().out
+
+
+def test_a_copy_of_the_file_alone_checks_too(folder, tmp_path):
+    """In a folder of its own, and where there is no package of ours."""
+    copy = shutil.copy(check.__file__, tmp_path / "copy.py")
+    for of, code, said in ((folder(DILATED), 0, "proved: "), (tmp_path, 2, "not proved: ")):
+        done = subprocess.run([sys.executable, "-I", "-c", ALONE, copy, of], capture_output=True,
+                              text=True, cwd=tmp_path)
+        assert done.returncode == code and done.stdout.startswith(said), done.stderr
 
 
 def test_weights_of_another_dtype_than_the_arithmetic_are_refused(folder):

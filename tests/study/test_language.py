@@ -1,7 +1,9 @@
 """Language: bits against counting by hand, arms of equal size and cost, what a strict loop
 promises on text, and a run from the command to its row."""
+import argparse
 import json
 import math
+import shlex
 
 import pytest
 import torch
@@ -9,10 +11,11 @@ from texts import FILES
 from torch.utils.flop_counter import FlopCounterMode
 
 from mythos_core import OpenMythos
+from mythos_core.__main__ import main
 from mythos_core.model.weights import PRETRAINED
 from mythos_core.probes import multiply_adds
 from mythos_core.study import RESULTS, language, on_text, unpack
-from mythos_core.study.language import ARMS, language_config, language_recipe, main
+from mythos_core.study.language import ARMS, language_config, language_recipe
 from mythos_core.study.on_text import (
     KINDS,
     LOOPS,
@@ -174,8 +177,8 @@ def folder(tmp_path):
 def test_a_run_leaves_its_row_and_the_model_that_the_row_is_about(arm, folder, capsys, monkeypatch):
     for module in (language, on_text):
         monkeypatch.setattr(module, "CONTEXT", 16)
-    command = ["--arm", arm, "--corpus", str(folder / "texts"), "--dim", "64", "--steps", "3",
-               "--windows", "4", "--set", "batch=2", "--set", "config.window=8",
+    command = ["language", "--arm", arm, "--corpus", str(folder / "texts"), "--dim", "64",
+               "--steps", "3", "--windows", "4", "--set", "batch=2", "--set", "config.window=8",
                "--out", str(folder / "out")]
     main(command)
     row = read_json(folder / "out" / "row.json")
@@ -187,13 +190,14 @@ def test_a_run_leaves_its_row_and_the_model_that_the_row_is_about(arm, folder, c
     assert row["best"] == min(row["bits"]) and row["beyond"] == row["bits"][-1] - row["best"]
     assert 0 < abs(row["unrounded"] - row["bits"][3]) < 0.05
     assert row["recipe"]["corpus"]["sha256"] == CORPUS.fingerprint
-    assert f"--arm {arm}" in row["command"] and row["validation"][-1][0] == 3
+    assert row["command"] == shlex.join(["mythos", *command])
+    assert row["validation"][-1][0] == 3
     assert ("stopped_after" in row) == (arm == "reference")
     if arm == "strict":
         assert row["one_loop"] == pytest.approx(row["all_loops"], abs=1e-4)
         assert row["distance"][-1] == 0 < row["distance"][0]
     provenance = read_json(folder / "out" / "bfloat16" / "config.json")["provenance"]
-    assert provenance["command"].startswith(f"python -m mythos_core.study.language --arm {arm} ")
+    assert provenance["command"].startswith(f"mythos language --arm {arm} ")
     main([*command, "--resume"])
     assert read_json(folder / "out" / "row.json")["bits"] == row["bits"]
     assert "bits per byte by loops 1: " in capsys.readouterr().out
@@ -203,7 +207,12 @@ def test_a_run_leaves_its_row_and_the_model_that_the_row_is_about(arm, folder, c
     (["--arm", "looped"], "arm = 'looped': must be one of"),
     (["--arm", "strict", "--dim", "96"], "dim = 96: must be a multiple of 64"),
     (["--arm", "strict", "--corpus", "nowhere"], "corpus = 'nowhere': must be one of"),
-    (["--arm", "strict", "--set", "speed=2"], "speed"),
+    (["--arm", "strict", "--set", "speed=2"], "--set: 'speed=2': 'speed' must be one of ['batch'"),
+    (["--arm", "strict", "--set", "config.speed=2"], "'config.speed' must be one of ['batch'"),
+    (["--arm", "strict", "--set", "steps=2"], "'steps' must be one of"),
+    (["--arm", "strict", "--set", "batch"], "--set: 'batch': must be NAME=JSON, such as"),
+    (["--arm", "strict", "--device", "meta"], "device = 'meta': must be one that holds numbers"),
+    (["--arm", "strict", "--seed", "-1"], "seed = -1: must be in 0"),
     (["--arm", "strict", "--windows", "0"], "windows = 0: must be at least 1"),
     (["--arm", "strict", "--out", ""], "out = '': must be a folder"),
     (["--arm", "strict", "--set", "lengths=[9,90000]"], "its train split has"),
@@ -211,7 +220,7 @@ def test_a_run_leaves_its_row_and_the_model_that_the_row_is_about(arm, folder, c
 def test_what_no_run_can_begin_with_is_named(option, said, folder, capsys, monkeypatch):
     monkeypatch.setattr(language, "train_claimed", lambda *args, **how: pytest.fail("it trained"))
     with pytest.raises(SystemExit) as ended:
-        main(["--corpus", str(folder / "texts"), "--out", str(folder / "out"), *option])
+        main(["language", "--corpus", str(folder / "texts"), "--out", str(folder / "out"), *option])
     assert ended.value.code == 2 and said in capsys.readouterr().err
 
 
@@ -223,7 +232,7 @@ def test_a_split_shorter_than_a_window_and_a_byte_is_refused(split, folder, caps
     monkeypatch.setattr(language, "load_corpus",
                         lambda name: Corpus("short", **long | {split: b"x" * 128}))
     with pytest.raises(SystemExit) as ended:
-        main(["--arm", "strict", "--out", str(folder / "out")])
+        main(["language", "--arm", "strict", "--out", str(folder / "out")])
     said = f"its {split} split has 128 bytes: must have at least 129"
     assert ended.value.code == 2 and said in capsys.readouterr().err
     assert not (folder / "out").exists()
@@ -233,7 +242,7 @@ def test_an_older_row_is_in_the_way(folder, capsys, monkeypatch):
     monkeypatch.setattr(language, "load_corpus", lambda name: pytest.fail("it was read"))
     (folder / "row.json").write_text("old", encoding="utf-8")
     with pytest.raises(SystemExit) as ended:
-        main(["--arm", "strict", "--out", str(folder)])
+        main(["language", "--arm", "strict", "--out", str(folder)])
     assert ended.value.code == 2 and "has row.json of another run" in capsys.readouterr().err
 
 
@@ -245,13 +254,14 @@ def test_a_stopped_run_has_its_signal_s_exit_code(folder, capsys, monkeypatch, s
     monkeypatch.setattr(language, "load_corpus", lambda name: CORPUS)
     monkeypatch.setattr(language, "CONTEXT", 16)
     with pytest.raises(SystemExit) as ended:
-        main(["--arm", "strict", "--out", str(folder / "out")])
+        main(["language", "--arm", "strict", "--out", str(folder / "out")])
     assert ended.value.code == code and "go on with --resume" in capsys.readouterr().err
 
 
 def test_the_help_has_a_word_on_every_option():
-    options = language._parser()._actions
-    assert [option.dest for option in options if not option.help] == []
+    parser = argparse.ArgumentParser()
+    language.options(parser)
+    assert [option.dest for option in parser._actions if not option.help] == []
 
 
 def test_a_byte_is_of_one_kind_or_of_none():

@@ -3,8 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mythos_core.__main__ import main
 from mythos_core.training import NotProved, train, trainer
-from mythos_core.training.__main__ import main
 from mythos_core.training.recipes import get_recipe
 
 SHORT = replace(get_recipe("parity-carrying"), steps=2)
@@ -120,8 +120,8 @@ def test_a_full_disk_is_said_by_file_and_leaves_the_last_checkpoint(tmp_path, sa
                                                                     capsys):
     with_checkpoint(tmp_path, saved)
     with full_disk(50_000), pytest.raises(SystemExit) as ended:
-        main(["--recipe", SHORT.name, "--steps", "2", "--seed", "1", "--out", str(tmp_path),
-              "--resume"])
+        main(["train", "--recipe", SHORT.name, "--steps", "2", "--seed", "1", "--out",
+              str(tmp_path), "--resume"])
     assert ended.value.code == 2
     assert f"{tmp_path / 'checkpoint.pt'}: could not be written: " in capsys.readouterr().err
     assert (tmp_path / "checkpoint.pt").read_bytes() == saved[0]

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
+from mythos_core.__main__ import main
 from mythos_core.training import train, train_together, trainer
-from mythos_core.training.__main__ import main
 from mythos_core.training.folder import FILES, claimed
 from mythos_core.training.recipes import get_recipe
 
@@ -16,7 +16,7 @@ SHORT = replace(get_recipe("parity-carrying"), steps=2, batch=8)
 @pytest.fixture
 def no_step(monkeypatch):
     monkeypatch.setattr(trainer, "take_step", lambda *args: pytest.fail("a step was taken"))
-    monkeypatch.setattr("mythos_core.training.__main__.pace",
+    monkeypatch.setattr("mythos_core.training.command.pace",
                         lambda *args: pytest.fail("a step was timed"))
 
 
@@ -67,7 +67,7 @@ def test_the_command_looks_at_its_folder_first(tmp_path, no_step, capsys, option
     for out, said in ((str(tmp_path), "has history.json of another run"),
                       ("", "out = '': must be a folder")):
         with pytest.raises(SystemExit) as ended:
-            main(["--machine", "parity", "--out", out, *options])
+            main(["train", "--machine", "parity", "--out", out, *options])
         assert ended.value.code == 2 and said in capsys.readouterr().err
 
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from mythos_core import OpenMythos
+from mythos_core.__main__ import main
 from mythos_core.proof.certificate import certify
 from mythos_core.tasks.machines import machine
 from mythos_core.training import trainer
-from mythos_core.training.__main__ import main, seeds
+from mythos_core.training.command import seeds
 from mythos_core.training.recipes import get_recipe, recipe_for
 from mythos_core.training.step import take_step
 from mythos_core.training.together import step_together, train_together
@@ -132,10 +133,10 @@ def test_seeds_that_are_not_equally_far_do_not_go_on_together(tmp_path, interrup
 
 def test_the_command_trains_several_seeds(tmp_path, capsys):
     assert (seeds("3"), seeds("2:4")) == ([3], [2, 3])
-    with pytest.raises(SystemExit) as ended:
-        main(["--machine", "parity", "--seed", "2:4", "--steps", "4", "--out", str(tmp_path)])
+    code = main(["train", "--machine", "parity", "--seed", "2:4", "--steps", "4", "--out",
+                 str(tmp_path)])
     said = capsys.readouterr()
-    assert ended.value.code == 2 and "not proved: seeds [2, 3]" in said.err
+    assert code == 2 and "not proved: seeds [2, 3]" in said.err
     for seed in (2, 3):
         assert f"parity, seed {seed}: loss " in said.out and ", not proved: " in said.out
         assert (tmp_path / f"seed-{seed}" / "checkpoint.pt").exists()
@@ -143,7 +144,7 @@ def test_the_command_trains_several_seeds(tmp_path, capsys):
                        "0:": "'0:': must be a number, or FIRST:END", ":8": "':8': must be a number",
                        "0:2000000000": "has 2,000,000,000 seeds: must have 1 .. 256"}.items():
         with pytest.raises(SystemExit) as ended:
-            main(["--machine", "parity", "--seed", bad, "--out", str(tmp_path / "none")])
+            main(["train", "--machine", "parity", "--seed", bad, "--out", str(tmp_path / "none")])
         said = capsys.readouterr().err
         assert ended.value.code == 2 and "--seed" in said and named in said
     assert not (tmp_path / "none").exists()

@@ -1,9 +1,8 @@
-"""The command line of a batch."""
+"""The command `mythos batch`."""
 import argparse
 import os
+import re
 import shutil
-import signal
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -15,8 +14,10 @@ from mythos_core.batch.report import publish, report, reported
 from mythos_core.batch.run import sweep
 
 
-def batch(args) -> int:
-    """What the command line asks for; the exit code."""
+def run(args) -> int:
+    """What the command line asks for; 1 if runs have failed."""
+    if str(args.notebooks[0]) == "report":
+        return _report(args.notebooks[1:])
     _check(args)
     out, notebooks = args.out.resolve(), [notebook.resolve() for notebook in args.notebooks]
     check_out(out, notebooks)
@@ -60,9 +61,13 @@ def _report(folders: list[Path]) -> int:
 
 def _threads(args) -> int:
     """Of a kernel: as the environment has it, or its share of this machine's cores; 0 on a
-    cluster, whose workers know theirs."""
-    share = max(1, (os.cpu_count() or 1) // args.workers)
-    return int(os.environ.get("OMP_NUM_THREADS") or (0 if args.scheduler or args.slurm else share))
+    cluster, whose workers know theirs. ValueError if the environment has no number of threads."""
+    if not (given := os.environ.get("OMP_NUM_THREADS")):
+        share = max(1, (os.cpu_count() or 1) // args.workers)
+        return 0 if args.scheduler or args.slurm else share
+    if not re.fullmatch("[0-9]{1,9}", given) or not int(given):
+        raise ValueError(f"OMP_NUM_THREADS = {given!r}: must be a number, at least 1, or not set")
+    return int(given)
 
 
 def _conclude(jobs: list[Job], publishing: bool) -> int:
@@ -79,28 +84,11 @@ def _conclude(jobs: list[Job], publishing: bool) -> int:
     return 1 if failed else 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The exit code: 0 if all runs passed, 1 if not. Exits with 2 if nothing can be run, with 130
-    or 143 if it was stopped."""
-    parser = _parser()
-    args = parser.parse_args(argv)
-    try:
-        if str(args.notebooks[0]) == "report":
-            return _report(args.notebooks[1:])
-        return batch(args)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-    except KeyboardInterrupt as stopped:
-        code = stopped.args[0] if stopped.args else 128 + signal.SIGINT
-        parser.exit(code, "\nstopped; the same command goes on\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m mythos_core.batch",
-        description="Run notebooks over a grid of parameters. `report OUT`: only the report.")
+def options(parser: argparse.ArgumentParser):
+    """What is to be run, where, and how often."""
     add = parser.add_argument
-    add("notebooks", nargs="+", type=Path)
+    add("notebooks", nargs="+", type=Path,
+        help="to be run; or `report OUT`, only the report on the runs in OUT")
     add("--grid", action="append", default=[], metavar="NAME=VALUES",
         help="A,B,... or FIRST:END or @FILE.json:KEY.KEY, or @FILE.json in place of NAME=VALUES: a "
              "list of sets of parameters; may be given again")
@@ -120,14 +108,3 @@ def _parser() -> argparse.ArgumentParser:
     add("--dry-run", action="store_true", help="list the runs and what there is of them")
     add("--publish", action="store_true",
         help="if all pass, replace the notebooks by their executed copies")
-    return parser
-
-
-def _terminate(number: int, frame):
-    """SIGTERM ends a batch as Ctrl-C does, with an exit code of its own."""
-    raise KeyboardInterrupt(128 + number)
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _terminate)
-    sys.exit(main())

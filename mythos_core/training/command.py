@@ -1,13 +1,13 @@
-"""The command line of training: what a training takes is said before it starts.
+"""The command `mythos train`: what a training takes is said before it starts.
 
-    python -m mythos_core.training --recipe parity-extrapolating --seed 0 --out build/run
-    python -m mythos_core.training --machine 'regex:(ab)*c' --seed 0 --out build/run
-    python -m mythos_core.training --machine S3 --seed 0:8 --out build/eight
-    python -m mythos_core.training --machine D4 --doubling --seed 0 --out build/doubling
-    python -m mythos_core.training --machine S3 --contracting --seed 0 --out build/contracting
+    mythos train --recipe parity-extrapolating --seed 0 --out build/run
+    mythos train --machine 'regex:(ab)*c' --seed 0 --out build/run
+    mythos train --machine S3 --seed 0:8 --out build/eight
+    mythos train --machine D4 --doubling --seed 0 --out build/doubling
+    mythos train --machine S3 --contracting --seed 0 --out build/contracting
 """
 import argparse
-import signal
+import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -32,9 +32,6 @@ from mythos_core.training.run import NotProved, Run
 from mythos_core.training.step import take_step
 from mythos_core.training.together import MOST_SEEDS, seed_folders, train_together
 from mythos_core.training.trainer import check, train
-
-EXITS = ("Exit codes: 0 trained, and proved where there is a machine; 2 refused, not proved, or "
-         "stopped by an error that is said; 130 stopped by Ctrl-C; 143 stopped by SIGTERM.")
 
 
 def pace(recipe: Recipe, device=None) -> float:
@@ -79,20 +76,17 @@ def report(run: Run, out: Path):
           f"{last['seconds']:.1f} s; {left} in {out}")
 
 
-def main(argv=None):
-    """Train what the command line asks for; ends as `EXITS` says."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+def run(args) -> int:
+    """Train what is asked for; 2 if it is not proved."""
     try:
         runs = _train(args)
-    except (ValueError, OSError, FloatingPointError, NotProved) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-    except KeyboardInterrupt as stopped:
-        code = stopped.args[0] if stopped.args else 128 + signal.SIGINT
-        parser.exit(code, "\nstopped; go on with --resume\n")
+    except NotProved as error:
+        print(error, file=sys.stderr)
+        return 2
     failed = [run.seed for run in runs if run.certificate and not run.certificate.proved]
     if failed:
-        parser.exit(2, f"{parser.prog}: not proved: seeds {failed}\n")
+        print(f"not proved: seeds {failed}", file=sys.stderr)
+    return 2 if failed else 0
 
 
 def _train(args) -> list[Run]:
@@ -123,9 +117,8 @@ def _recipe(args) -> Recipe:
     return recipe if args.steps is None else replace(recipe, steps=args.steps)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m mythos_core.training", epilog=EXITS,
-                                     description="Train a recipe from scratch.")
+def options(parser: argparse.ArgumentParser):
+    """What is to be trained, and where."""
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--recipe", help=f"one of {sorted(RECIPES)}")
     what.add_argument("--machine", help="train until it is proved to be this machine, such as S3, "
@@ -144,8 +137,3 @@ def _parser() -> argparse.ArgumentParser:
                         help="folder for checkpoint, weights, history, certificate and the "
                              "picture of the automaton")
     add_options(parser)
-    return parser
-
-
-if __name__ == "__main__":
-    main()
