@@ -23,11 +23,18 @@ def reported(jobs: list[Job], out: Path) -> bool:
 
 
 def publish(job: Job):
-    """Put the executed notebook in the place of its source, without what differs from run to run
-    or machine to machine."""
-    notebook = nbformat.read(job.folder / "notebook.ipynb", as_version=4)
-    for part in [notebook, *notebook.cells]:
+    """Put what the executed notebook's cells gave into its source, without what differs from run to
+    run or machine to machine. The prose stays the source's, which may be newer than the run: a run
+    is up to date as long as the code is the same."""
+    source, ran = (nbformat.read(path, as_version=4)
+                   for path in (job.notebook, job.folder / "notebook.ipynb"))
+    code, executed = ([cell for cell in notebook.cells if cell.cell_type == "code"]
+                      for notebook in (source, ran))
+    for cell, done in zip(code, executed, strict=True):
+        cell.outputs, cell.execution_count = done.outputs, done.execution_count
+    source.metadata = ran.metadata
+    for part in [source, *source.cells]:
         metadata = {k: v for k, v in part.metadata.items()
                     if k not in ("papermill", "execution", "widgets")}
         part.metadata = nbformat.from_dict(metadata)
-    nbformat.write(notebook, job.notebook)
+    nbformat.write(source, job.notebook)

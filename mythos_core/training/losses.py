@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mythos_core.model.config import MythosConfig
 from mythos_core.tasks.automaton import Machine
 
 
@@ -100,14 +101,13 @@ def spread_ratio(h: Float[Tensor, "n dim"], label: Int[Tensor, "n"], labels: int
     return ((h - means[label]).square().sum(-1) / nearest).mean()
 
 
-def apart(h: Float[Tensor, "n dim"], label: Int[Tensor, "n"], labels: int, least: float = 4.0
-          ) -> Float[Tensor, ""]:
-    """How far the means of different labels are, on average, from being `least` apart: what
-    contracts would else contract them too."""
+def apart(h: Float[Tensor, "n dim"], label: Int[Tensor, "n"], labels: int) -> Float[Tensor, ""]:
+    """How far the means of different labels are, on average, from being 4 apart: what contracts
+    would else contract them too."""
     means = means_of(h, label, labels)
     distance = (means.unsqueeze(1) - means).square().sum(-1)
     distance = distance + torch.diag(torch.full_like(distance[0], torch.inf))
-    return F.relu(least - distance.amin(1).clamp(min=1e-6).sqrt()).mean()
+    return F.relu(4.0 - distance.amin(1).clamp(min=1e-6).sqrt()).mean()
 
 
 def steepness(step: Callable, x: Float[Tensor, "n dim"], far: float | Tensor = 0.1
@@ -129,3 +129,16 @@ def ponder(weight: Float[Tensor, "loops batch seq"]) -> Float[Tensor, ""]:
     loops = torch.arange(1, len(weight) + 1, device=weight.device)[:, None, None]
     stopped_at = ((weight > 0) * loops).amax(0)
     return (stopped_at + weight.gather(0, (stopped_at - 1).clamp(min=0)[None])[0]).float().mean()
+
+
+def ties(scores: Float[Tensor, "*n experts"], weight: Float[Tensor, "experts dim"],
+         config: MythosConfig) -> Float[Tensor, ""]:
+    """How far, on average, what a router reads is from being 0.3 away from a tie of the last expert
+    chosen and the next: there the two scores z_i and z_j differ by 0.3 |w_i - w_j|. A ball in which
+    either may be chosen goes to where both lead. 0 where all are chosen."""
+    k = config.n_experts_per_tok
+    if config.n_experts == k:
+        return scores.new_zeros(())
+    best, expert = scores.topk(k + 1, -1)
+    apart = torch.linalg.vector_norm(weight[expert[..., k - 1]] - weight[expert[..., k]], dim=-1)
+    return F.relu(0.3 - (best[..., k - 1] - best[..., k]) / apart).mean()

@@ -167,7 +167,7 @@ def contracting_recipe(machine: Machine, doubling: bool = False, **changes) -> R
     model |= {"config.dim": 32, "config.n_heads": 2, "config.n_kv_heads": 2, "config.n_experts": 8,
               "config.expert_dim": 64}
     return doubling_recipe(machine, **{"name": f"contracting-doubling-{machine.name}",
-                                       "contraction": 6.0, **model, **changes})
+                                       "contraction": 12.0, **model, **changes})
 
 
 #: What the recipes that let a position read its own state, and extrapolate by luck, share: the

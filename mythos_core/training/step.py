@@ -20,12 +20,13 @@ from mythos_core.training.losses import (
     spread_ratio,
     state_loss,
     steepness,
+    ties,
 )
 from mythos_core.training.recipes import Recipe
 from mythos_core.training.run import Run, falling
 from mythos_core.training.schedule import draw, fall, learning_rate
 
-STEEP = 256         # states at which a step's steepness is looked at
+STEEP = 256         # states, or strings of them, at which a step's steepness is looked at
 
 
 def take_step(run: Run, optimizer, step) -> dict:
@@ -106,43 +107,56 @@ def _scanned(run: Run, ids, n_loops):
         means = means_by(*flat).view_as(h)
         common = torch.rand(*ids.shape, 1, device=ids.device) < recipe.handed_on
         h = torch.where(common, means, h)
-    return *_asked(run, ids, states, products), also
-
-
-def _asked(run: Run, ids, states: list[Tensor], products: list[Tensor]):
-    """Logits after each loop, and what they are to say of these products."""
-    logits = run.model.decode(torch.cat(states, 1), run.model.context(ids.repeat(1, len(states))))
-    answers = run.recipe.machine.monoid().answer.to(ids.device)
-    return logits.flatten(0, 1), answers[torch.cat(products, 1)].flatten()
+    logits = model.decode(torch.cat(states, 1), model.context(ids.repeat(1, n_loops)))
+    asked = monoid.answer.to(ids.device)[torch.cat(products, 1)]
+    return logits.flatten(0, 1), asked.flatten(), also
 
 
 def _products_contracted(run: Run, ids, products: list[Tensor]):
-    """`_scanned` of states that are as they are, with nothing handed on and no noise: how steep the
-    loop is where it multiplies any of them, how far those spread that mean the same, and how near
-    others come."""
-    model, ctx, states = run.model, run.model.context(ids), []
-    r = run.recipe.config.dilation
+    """`_scanned` of states that are as they are, with nothing handed on and no noise, and of what
+    one more loop makes of them; how steep that loop is, how near its router comes to a tie, how far
+    states spread that mean the same, and how near others come."""
+    model, recipe, ctx = run.model, run.recipe, run.model.context(ids)
+    r, ffn, scores = recipe.config.dilation, model.recurrent.block.ffn, []
     with evaluating(model.modules()):
-        h = model.encode(ids, ctx)
+        states = [model.encode(ids, ctx)]
         for t in range(len(products)):
-            h, _ = model.recurrent.combine(h, t, ctx)
-            states.append(h)
+            states.append(model.recurrent.combine(states[-1], t, ctx)[0])
+        drawn, elements = _drawn(run, ids, states, products)
+        x = drawn.flatten(1)
 
         def step(x):                                 # a string of r states: the product of each
             string = x.unflatten(-1, (r, -1))        # beginning of it
             return model.recurrent.combine(string, 0, plain_context(model, string))[0].flatten(1)
 
-        flat, label = torch.cat(states, 1).flatten(0, 1), torch.cat(products, 1).flatten()
-        x = flat[torch.randint(len(flat), (STEEP, r), device=flat.device)].flatten(1)
-        far = 0.02 * torch.linalg.vector_norm(x, dim=-1).mean().detach()
-        also = run.recipe.contraction * _rising(run) * steepness(step, x, far)
-    if run.recipe.center_loss:
+        far = 0.02 * torch.linalg.vector_norm(x, dim=-1, keepdim=True).detach()
+        also = recipe.contraction * _rising(run) * steepness(step, x, far)
+        with ffn.router.register_forward_hook(lambda router, read, found: scores.append(found)):
+            more = step(x).view_as(drawn)
+    also = also + 5 * ties(scores[0] + ffn.router_bias, ffn.router.weight, ffn.config)
+    flat = torch.cat([h.flatten(0, 1) for h in (*states[1:], more)])
+    label = torch.cat([each.flatten() for each in (*products, elements)])
+    if recipe.center_loss:
         # A logarithm pulls as much however small the spread is, down to a thousandth of the
         # distance: of n balls n^2 products have to be looked at.
-        flat, known = flat / flat.square().sum(-1).mean().sqrt(), numbered(label)
-        also = also + run.recipe.center_loss * (
-            0.1 * torch.log(spread_ratio(flat, *known) + 1e-7) + 6 * apart(flat, *known, least=1.2))
-    return *_asked(run, ids, states, products), also
+        ratio, means = spread_ratio(flat, *numbered(label)), apart(flat, *numbered(label))
+        also = also + recipe.center_loss * (ratio + 0.1 * torch.log(ratio + 1e-7) + 2 * means)
+    logits = model.decode(flat.unsqueeze(1), plain_context(model, flat.unsqueeze(1)))
+    return logits[:, 0], recipe.machine.monoid().answer.to(ids.device)[label], also
+
+
+def _drawn(run: Run, ids, states: list[Tensor], products: list[Tensor]):
+    """`STEEP` strings of r letters, or of r states after the same loop, (STEEP, r, dim), and the
+    product of each beginning of them. The proof asks for all of these; a string has few."""
+    monoid, r = run.recipe.machine.monoid(), run.recipe.config.dilation
+    table, letters = monoid.table.to(ids.device), monoid.letters.to(ids.device)[ids - 1]
+    loop = torch.arange(STEEP, device=ids.device).unsqueeze(1) % len(states)
+    some = torch.randint(ids.numel(), (STEEP, r), device=ids.device)
+    parts = torch.stack([letters, *products]).flatten(1)[loop, some]
+    elements = [parts[:, 0]]
+    for part in parts[:, 1:].unbind(1):
+        elements.append(table[elements[-1], part])
+    return torch.stack(states).flatten(1, 2)[loop, some], torch.stack(elements, 1)
 
 
 def _rising(run: Run) -> float:

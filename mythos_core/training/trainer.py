@@ -83,6 +83,9 @@ def begin(recipe: Recipe, seed: int, device, checkpoint: Path | None, resume: bo
     """A run before its first step, or where its checkpoint is, and its optimiser."""
     torch.manual_seed(seed)
     run = Run(recipe, seed, OpenMythos(recipe.config).to(device))
+    if recipe.contraction and recipe.config.dilation > 1:
+        # balls have one radius: states of later loops must not shrink beside those of the first
+        run.model.recurrent.loop_norm.requires_grad_(False)
     optimizer = torch.optim.AdamW(run.model.parameters(), recipe.lr, recipe.betas,
                                   weight_decay=recipe.weight_decay, fused=True)
     if resume and checkpoint and checkpoint.exists():

@@ -1066,6 +1066,17 @@ def test_publish_puts_the_executed_notebook_in_place(tmp_path, good, no_report):
     assert not any("papermill" in part.metadata for part in [notebook, *notebook.cells])
 
 
+def test_publish_keeps_prose_that_is_newer_than_the_run(tmp_path, good, no_report):
+    assert main([good, "--publish", "--out", str(tmp_path / "out")]) == 0
+    notebook = nbformat.read(good, 4)
+    notebook.cells.insert(0, nbformat.v4.new_markdown_cell("written after the run"))
+    nbformat.write(notebook, good)
+    assert main([good, "--publish", "--out", str(tmp_path / "out")]) == 0
+    again = nbformat.read(good, 4)
+    assert again.cells[0].source == "written after the run"
+    assert again.cells[5].outputs[0].text == "PASS  seed 0\nPASS  name a\n"
+
+
 def test_publish_leaves_notebooks_alone_when_one_fails(tmp_path, good, no_report):
     bad = write(tmp_path / "bad.ipynb", ("1 / 0",))
     before = Path(good).read_text(encoding="utf-8")

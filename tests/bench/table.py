@@ -44,16 +44,16 @@ class Row:
                                      else self.ratio >= self.bar))
 
 
-def write(rows: list[Row], device: str):
-    """bench.json, which docs/bench.md quotes, or bench_cuda.json; numbers to 4 digits. The first
-    table is this run's; those of other processors stay behind it."""
+def write(rows: list[Row], device: str, name: str):
+    """NAME.json, numbers to 4 digits. The first table is this run's; those of other processors
+    come after it."""
     def plain(row):
         return {key: float(f"{value:.4g}") if isinstance(value, float) else value
                 for key, value in row.items()}
     made = {"machine": machine.description(device), "commit": provenance.commit(),
             "rows": [{**plain(asdict(row)), "reached": row.reached} for row in rows]}
     figures.folder().mkdir(parents=True, exist_ok=True)
-    path = figures.folder() / ("bench.json" if device == "cpu" else f"bench_{device}.json")
+    path = figures.folder() / f"{name}.json"
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     kept = [table for table in kept if table["machine"]["cpu"] != made["machine"]["cpu"]]
     path.write_text(json.dumps([made, *kept], indent=1) + "\n", encoding="utf-8")

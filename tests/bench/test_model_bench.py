@@ -93,7 +93,7 @@ def rows():
     for device, works in asked.items():
         of = {work: row for (work, where), row in made.items() if where == device}
         if works <= of.keys():
-            write(list(of.values()), device)
+            write(list(of.values()), device, "bench" if device == "cpu" else f"bench_{device}")
 
 
 def check(pair: Pair) -> float:
