@@ -82,6 +82,7 @@ $(GPU)/installed: requirements.txt
 	touch $@
 
 bench: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet x-transformers==2.31.10 -c $(CONSTRAINTS)
 	MYTHOS_FIGURES=$(CURDIR)/figures $(BIN)/python -m pytest tests/bench
 
 lab: $(VENV)/installed

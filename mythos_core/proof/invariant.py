@@ -97,7 +97,7 @@ class Balls:
     """
 
     exact = False
-    most_products = 5000
+    most_products = 1000        # a checker needs a tenth of a second for each
 
     def __init__(self, cell: Any, radius: float):
         self.cell, self.model, self.radius = cell, cell.model, radius

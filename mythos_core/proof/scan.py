@@ -61,6 +61,7 @@ class Scan:
     def __init__(self, states: Any, asked: Machine):
         self.states, self.asked, self.monoid = states, asked, asked.monoid()
         self.length, self.wrong, self.closed, self.left_out = 0, 0, False, False
+        self.asked_for = 0                                       # products, at the last look
         self.meaning: dict[int, int] = {}                        # code -> element
         self.follows: dict[tuple[Operand, ...], int] = {}        # operands, the latest last -> code
         self.answers: dict[int, int] = {}                        # code -> token
@@ -68,8 +69,10 @@ class Scan:
     @property
     def fault(self) -> str:
         """What is wrong, if something is."""
+        most = self.states.most_products
         return (f"{self.wrong} of {self.contexts} products or their answers are wrong"
-                if self.wrong else self.states.fault)
+                if self.wrong else f"{self.asked_for:,} products are more than {most:,}"
+                if self.asked_for > most else self.states.fault)
 
     @property
     def contexts(self) -> int:
@@ -80,7 +83,8 @@ class Scan:
     def run(self) -> "Scan":
         """Close the set, unless a product or an answer is wrong or there are too many."""
         r, letters = self.states.model.config.dilation, range(self.asked.letters)
-        if len(letters) ** r > self.states.most_products:
+        self.asked_for = len(letters) ** r
+        if self.fault:
             return self
         rows = [tuple(("letter", a) for a in row) for m in range(1, r + 1)
                 for row in product(letters, repeat=m)]
@@ -90,7 +94,8 @@ class Scan:
         full, met = {self.follows[row] for row in rows if len(row) == r}, set()
         while not self.wrong and (frozenset(full), frozenset(prefixes)) not in met:
             met.add((frozenset(full), frozenset(prefixes)))
-            if len(full | prefixes) * len(full) ** (r - 1) > self.states.most_products:
+            self.asked_for = len(full | prefixes) * len(full) ** (r - 1)
+            if self.fault:
                 return self
             of_full = _rows([full] * r)
             begun = [row for m in range(1, r + 1) for row in _rows([prefixes] + [full] * (m - 1))]

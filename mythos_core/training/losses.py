@@ -101,13 +101,14 @@ def spread_ratio(h: Float[Tensor, "n dim"], label: Int[Tensor, "n"], labels: int
     return ((h - means[label]).square().sum(-1) / nearest).mean()
 
 
-def apart(h: Float[Tensor, "n dim"], label: Int[Tensor, "n"], labels: int) -> Float[Tensor, ""]:
-    """How far the means of different labels are, on average, from being 4 apart: what contracts
-    would else contract them too."""
+def apart(h: Float[Tensor, "n dim"], label: Int[Tensor, "n"], labels: int, least: float
+          ) -> Float[Tensor, ""]:
+    """How far the means of different labels are, on average, from being `least` apart: what
+    contracts would else contract them too."""
     means = means_of(h, label, labels)
     distance = (means.unsqueeze(1) - means).square().sum(-1)
     distance = distance + torch.diag(torch.full_like(distance[0], torch.inf))
-    return F.relu(4.0 - distance.amin(1).clamp(min=1e-6).sqrt()).mean()
+    return F.relu(least - distance.amin(1).clamp(min=1e-6).sqrt()).mean()
 
 
 def steepness(step: Callable, x: Float[Tensor, "n dim"], far: float | Tensor = 0.1

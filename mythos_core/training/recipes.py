@@ -167,7 +167,7 @@ def contracting_recipe(machine: Machine, doubling: bool = False, **changes) -> R
     model |= {"config.dim": 32, "config.n_heads": 2, "config.n_kv_heads": 2, "config.n_experts": 8,
               "config.expert_dim": 64}
     return doubling_recipe(machine, **{"name": f"contracting-doubling-{machine.name}",
-                                       "contraction": 12.0, **model, **changes})
+                                       "contraction": 12.0, "steps": 8000, **model, **changes})
 
 
 #: What the recipes that let a position read its own state, and extrapolate by luck, share: the
@@ -195,7 +195,8 @@ RECIPES = {recipe.name: recipe for recipe in (
     *(doubling_recipe(machine(name)) for name in ("parity", "Z5", "S3", "addition")),
     doubling_recipe(machine("A5-all"), name="doubling-A5"),
     *(contracting_recipe(machine(name)) for name in ("parity", "Z5", "S3", "addition")),
-    *(contracting_recipe(machine(name), doubling=True) for name in ("parity", "addition")),
+    *(contracting_recipe(machine(name), doubling=True)
+      for name in ("parity", "Z5", "S3", "addition")),
     Recipe("parity-carrying", parity_config(**_MODEL, window=4, loop_noise=0.3, start_noise=4.0),
            **_TRAINING),
     *(_carrying(name, steps) for name, steps in

@@ -139,8 +139,10 @@ def _products_contracted(run: Run, ids, products: list[Tensor]):
     if recipe.center_loss:
         # A logarithm pulls as much however small the spread is, down to a thousandth of the
         # distance: of n balls n^2 products have to be looked at.
-        ratio, means = spread_ratio(flat, *numbered(label)), apart(flat, *numbered(label))
-        also = also + recipe.center_loss * (ratio + 0.1 * torch.log(ratio + 1e-7) + 2 * means)
+        known = flat, *numbered(label)
+        ratio = spread_ratio(*known)
+        also = also + recipe.center_loss * (
+            ratio + 0.1 * torch.log(ratio + 1e-7) + 2 * apart(*known, least=7.0))
     logits = model.decode(flat.unsqueeze(1), plain_context(model, flat.unsqueeze(1)))
     return logits[:, 0], recipe.machine.monoid().answer.to(ids.device)[label], also
 
@@ -193,7 +195,8 @@ def _contracted(run: Run, ids, label, labels):
     flat, rising = (h.flatten(0, 1), label.flatten(), labels), _rising(run)
     also = recipe.contraction * rising * steepness(step, before[some])
     if recipe.center_loss:                       # both by labels
-        also = also + recipe.center_loss * (rising * spread_ratio(*flat) + 0.1 * apart(*flat))
+        also = also + recipe.center_loss * (
+            rising * spread_ratio(*flat) + 0.1 * apart(*flat, least=4.0))
     return model.decode(h, ctx), also
 
 

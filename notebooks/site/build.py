@@ -41,7 +41,7 @@ MARK = ".made-by-site-build"
 
 class Renderer(IPythonRenderer):
     """Markdown whose TeX becomes MathML (an error if it is no TeX), and whose pictures from
-    elsewhere, the badges, become words."""
+    elsewhere, the badges, are drawn here."""
     tex = LatexToMathML()
 
     def inline_math(self, body):
@@ -52,7 +52,9 @@ class Renderer(IPythonRenderer):
         return f'<span class="formula">{formula}</span>'
 
     def image(self, text, url, title=None):
-        return text if "://" in url else super().image(text, re.sub(r"^\.\./", "", url), title)
+        if "://" in url:
+            return f'<span class="badge">{text}</span>'
+        return super().image(text, re.sub(r"^\.\./", "", url), title)
 
     def link(self, text, url, title=None):
         return super().link(text, on_the_site(url), title)

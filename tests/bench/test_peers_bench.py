@@ -1,7 +1,7 @@
-"""Beside other looped transformers that a user might build, of the same width, heads, blocks run and
-number of parameters, but with dense feed-forward layers: torch's own encoder layer, looped, and
+"""Beside other looped transformers that a user might build, of the same width, heads, blocks run
+and number of parameters, but with dense feed-forward layers: torch's own encoder layer, looped, and
 x-transformers' decoder, whose middle block is executed again and again. Without bars: where are we
-behind? By `make bench`, into figures/bench_peers.json, which docs/bench.md quotes."""
+slower? By `make bench`, into figures/bench_peers.json, which docs/bench.md quotes."""
 from collections.abc import Callable
 from functools import partial
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import tiny
@@ -6,7 +8,7 @@ from hypothesis import strategies as st
 from small import DILATED, STRICT
 
 from mythos_core import KVCache, OpenMythos
-from mythos_core.model.config import tutorial_config
+from mythos_core.model.config import VARIANTS, tutorial_config
 from mythos_core.probes import cache_bytes
 
 shifts = st.sampled_from([{}, {"token_shift": True}])
@@ -83,6 +85,43 @@ def test_bytes_of_the_tutorial_models(attn, kilobytes):
     model(torch.randint(0, 256, (1, 64)), 4, cache)
     assert (len(cache), cache.nbytes) == (6, kilobytes * 1024)
     assert cache_bytes(tutorial_config("mla"), 64, 4, rope_key_per_head=True) == 144 * 1024
+
+
+@pytest.mark.parametrize("window", [None, 8])
+@pytest.mark.parametrize("attn", ["gqa", "mla"])
+def test_the_tutorial_models_in_pieces_where_the_past_matters(attn, window):
+    """In float64, where no decision is so near a tie that rounding tips it, and with weights so
+    large that a wrong past would show."""
+    torch.manual_seed(0)
+    model = OpenMythos(tutorial_config(attn, window=window, init_std=128 ** -0.5)).double().eval()
+    ids = torch.randint(0, 256, (2, 64))
+    other = torch.cat([ids[:, :-1].flip(1), ids[:, -1:]], 1)
+    with torch.no_grad():
+        whole = model(ids, 4)
+        assert (model(other, 4) - whole)[:, -1].abs().max() > 0.2
+        for size in (1, 7, 16, 64):
+            cache = KVCache()
+            parts = [model(part, 4, cache) for part in ids.split(size, 1)]
+            assert (torch.cat(parts, 1) - whole).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("window", [None, 16])
+@pytest.mark.parametrize("attn", ["gqa", "mla"])
+def test_the_formula_holds_after_each_token(attn, window):
+    config = tiny(attn, window=window)
+    model, cache = OpenMythos(config), KVCache()
+    for length in range(1, 65):
+        model(torch.zeros(1, 1, dtype=torch.int64), 4, cache)
+        assert cache.nbytes == cache_bytes(config, length, 4)
+
+
+def test_the_formula_holds_for_a_variants_attention_in_bfloat16():
+    config = VARIANTS["1B"]
+    slim = replace(config, vocab_size=256, n_experts=4, n_experts_per_tok=1, n_shared_experts=0,
+                   expert_dim=16)
+    model, cache = OpenMythos(slim).bfloat16().eval(), KVCache()
+    model(torch.ones(1, 16, dtype=torch.int64), slim.max_loop_iters, cache)
+    assert cache.nbytes == cache_bytes(config, 16, slim.max_loop_iters, itemsize=2)
 
 
 def test_buffers_double_and_a_window_bounds_them():

@@ -1,5 +1,6 @@
 """Proofs of weights as trained: what the balls of a proof hold, and what is refused."""
 import json
+import re
 
 import pytest
 import torch
@@ -210,7 +211,8 @@ def test_one_answer_that_is_asked_otherwise_is_seen():
 @pytest.mark.parametrize("name", ["state-S3", "doubling-S3"])
 def test_a_loop_that_does_not_contract_is_refused(name):
     proof = certify(OpenMythos.from_pretrained(name), machine("S3"), rounded=False)
-    assert not proof.proved and "the loop does not contract enough" in proof.reason
+    assert not proof.proved and re.search(
+        "the loop does not contract enough|products are more than 1,000", proof.reason)
     assert proof.state_margin == 0
 
 

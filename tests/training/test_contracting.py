@@ -37,8 +37,8 @@ def test_apart_is_what_is_missing_to_the_least_distance():
     h = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 1.0], [9.0, 0.0]])
     label = torch.tensor([0, 0, 1, 2])                           # means (1, 0), (0, 1), (9, 0)
     near = 2 ** 0.5
-    assert apart(h, label, 3).item() == pytest.approx(2 * (4 - near) / 3)
-    assert apart(10 * h, label, 3) == 0
+    assert apart(h, label, 3, 4.0).item() == pytest.approx(2 * (4 - near) / 3)
+    assert apart(10 * h, label, 3, 4.0) == 0
 
 
 def test_ties_are_measured_as_distances_of_what_the_router_reads():
