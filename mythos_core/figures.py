@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import networkx as nx
 import numpy as np
 import torch
+from matplotlib.transforms import ScaledTranslation
 
 from mythos_core.tasks.machines import Machine
 
@@ -117,9 +118,15 @@ def table_of_shares(ax, by_seed: dict[str, dict[str, list[float]]], title: str):
 MOST_DRAWN = 24  # states of a machine whose moves are labelled
 
 
-def draw_machine(machine: Machine, ax=None):
+def draw_machine(machine: Machine, ax=None, names=None, places=None, way=()):
     """A machine as a graph: a circle for each state, the start a square, an arrow for each move
-    with its letters / the answer (a token). Returns the figure."""
+    with its letters / the answer (a token). Returns the figure.
+
+    Args:
+        names: of the states, by number, in place of their numbers.
+        places: of the states, (x, y) in -1 .. 1; default a circle.
+        way: states that a string goes through, marked by a thick line, and the last by a disc.
+    """
     size = 2.5 + 0.45 * min(len(machine), MOST_DRAWN)
     ax = ax or plt.subplots(figsize=(1.4 * size, size))[1]
     labels = {}
@@ -128,23 +135,51 @@ def draw_machine(machine: Machine, ax=None):
         for letter, (after, answer) in enumerate(zip(row, answers)):
             labels.setdefault((state, after), {}).setdefault(answer, []).append(letter)
     graph = nx.DiGraph(list(labels))
-    layout = nx.circular_layout(sorted(graph))
-    curved = {"node_size": 420, "connectionstyle": "arc3,rad=0.12", "ax": ax}
-    nx.draw_networkx_edges(graph, layout, edge_color="dimgrey", arrowsize=9, **curved)
+    layout = (nx.circular_layout(sorted(graph)) if places is None
+              else dict(enumerate(np.asarray(places, dtype=float))))
+    node_size = 420 if names is None else 1500
+    curved = {"node_size": node_size, "connectionstyle": "arc3,rad=0.12", "ax": ax}
+    if len(way):
+        x, y = zip(*(layout[state] for state in way))
+        ax.plot(x, y, color=COLOURS["accent"], lw=7, alpha=0.4, zorder=0)
+        ax.scatter(x[-1], y[-1], 3 * node_size, COLOURS["accent"], alpha=0.5, zorder=0)
+    between = [edge for edge in graph.edges if edge[0] != edge[1]]
+    nx.draw_networkx_edges(graph, layout, between, edge_color="dimgrey", arrowsize=9, **curved)
     for shape, nodes in (("s", [machine.start]), ("o", sorted(set(graph) - {machine.start}))):
-        nx.draw_networkx_nodes(graph, layout, nodes, node_size=420, node_shape=shape, ax=ax,
+        nx.draw_networkx_nodes(graph, layout, nodes, node_size=node_size, node_shape=shape, ax=ax,
                                node_color="white", edgecolors=COLOURS["extrapolating"])
-    nx.draw_networkx_labels(graph, layout, font_size=9, ax=ax)
+    nx.draw_networkx_labels(graph, layout, names and dict(enumerate(names)), font_size=9, ax=ax)
     if len(machine) <= MOST_DRAWN:
         text = {edge: "\n".join(f"{_few(machine, letters)} / {answer}"
                                 for answer, letters in by_answer.items())
                 for edge, by_answer in labels.items()}
-        nx.draw_networkx_edge_labels(graph, layout, text, font_size=7, rotate=False,
-                                     bbox={"color": "white", "pad": 0.2}, **curved)
+        nx.draw_networkx_edge_labels(graph, layout, {edge: text[edge] for edge in between},
+                                     font_size=7, rotate=False, bbox={"color": "white", "pad": 0.2},
+                                     **curved)
+    middle = np.mean(list(layout.values()), axis=0)
+    for state in set(graph) & {a for a, b in labels if a == b}:
+        _loop(ax, layout[state], layout[state] - middle, node_size ** 0.5 / 2,
+              text[state, state] if len(machine) <= MOST_DRAWN else "")
     ax.set_title(_literal(machine.name))
     ax.set(xlim=(-1.3, 1.3), ylim=(-1.3, 1.3))
     ax.axis("off")
     return ax.figure
+
+
+def _loop(ax, place, outward, radius: float, label: str):
+    """An arrow from a node of a radius in points back to it, on the side away from the others."""
+    angle = np.arctan2(outward[1], outward[0])
+
+    def off(turn, far):
+        """Where something is that lies so many radii from the node."""
+        x, y = far * radius * np.cos(angle + turn) / 72, far * radius * np.sin(angle + turn) / 72
+        return ax.transData + ScaledTranslation(x, y, ax.figure.dpi_scale_trans)
+
+    ax.annotate("", place, xycoords=off(0.6, 1.15), xytext=place, textcoords=off(-0.6, 1.15),
+                arrowprops={"arrowstyle": "-|>", "color": "dimgrey", "shrinkA": 0, "shrinkB": 0,
+                            "connectionstyle": "arc3,rad=2", "mutation_scale": 9})
+    ax.text(*place, label, transform=off(0.0, 2.3), fontsize=7, va="center",
+            ha=("right", "center", "left")[1 + round(np.cos(angle))])
 
 
 def _literal(text: str) -> str:

@@ -42,17 +42,20 @@ MEASURED: dict[str, list[str]] = _file["measured"]
 #: What is trained on each of them, by measures of more than one model.
 TRAINED: dict[str, list[str]] = _file["trained"]
 # of a ladder's training: where nothing is proved, the learning rate falls all the same
-LADDER: dict[str, Any] = dict(steps=1000, decay=0.3)
+LADDER: dict[str, Any] = dict(steps=1000, decay=0.3, state_loss=0.0)
 
 
 def variant(name: str) -> Recipe:
-    """The recipe of a variant; or "machine NAME" for that of a machine of `machines.machine`, and
-    "doubling machine NAME", "contracting machine NAME" or "contracting doubling machine NAME" for
-    those of its other models; or "task NAME of N" for that of a task of `tasks.task` on what is
-    complete within N elements. ValueError listing the names there are.
+    """The recipe of a variant; or "told machine NAME" for that of a machine of `machines.machine`,
+    "machine NAME" for the same without the state loss, and "doubling machine NAME", "contracting
+    machine NAME" or "contracting doubling machine NAME" for those of its other models; or "task
+    NAME of N" for that of a task of `tasks.task` on what is complete within N elements, without the
+    state loss. ValueError listing the names there are.
     """
+    if name.startswith("told machine "):
+        return recipe_for(machine(name.removeprefix("told machine ")))
     if name.startswith("machine "):
-        return recipe_for(machine(name.removeprefix("machine ")))
+        return recipe_for(machine(name.removeprefix("machine ")), state_loss=0.0)
     if name.startswith("doubling machine "):
         return doubling_recipe(machine(name.removeprefix("doubling machine ")))
     if match := re.fullmatch(r"contracting (doubling )?machine (.+)", name):

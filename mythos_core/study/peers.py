@@ -138,9 +138,10 @@ def count(model: nn.Module) -> int:
 
 def budgeted(recipe: Recipe) -> Recipe:
     """The recipe of a machine for a model that is not trained until it is proved: `BUDGET` steps
-    with the same curriculum, over the last half of which the learning rate falls."""
+    with the same curriculum, over the last half of which the learning rate falls, and told no state
+    by a loss."""
     return replace(recipe, steps=BUDGET, curriculum=recipe.curriculum * recipe.steps / BUDGET,
-                   decay=0.5)
+                   decay=0.5, state_loss=0.0)
 
 
 def fit(make: Callable[[Recipe], Model], recipe: Recipe, seed: int,

@@ -76,6 +76,20 @@ def center_loss(h: Float[Tensor, "batch seq dim"], label: Int[Tensor, "batch seq
     return spread.mean() / h.detach().square().sum(-1).mean()
 
 
+def state_loss(h: Float[Tensor, "batch seq dim"], label: Int[Tensor, "batch seq"], labels: int
+               ) -> Float[Tensor, ""]:
+    """Cross-entropy of which label's mean is nearest to h, which is what rounding to codes will
+    ask; each label counts the same. Two states of a machine may get the same answers but for one
+    word, however rare: of them the answers alone say next to nothing."""
+    h, label = h.flatten(0, 1), label.flatten()
+    means, scale = means_of(h, label, labels), h.detach().square().sum(-1).mean()
+    count = h.new_zeros(labels).index_add(0, label, torch.ones_like(h[:, 0]))
+    # 10 |h - m|^2 / scale, but for what all labels share
+    near = 10 * (2 * h @ means.T - means.square().sum(-1)) / scale
+    near = near.masked_fill(count == 0, -torch.inf)
+    return mean_loss(near, label, 1 / count[label])
+
+
 def spread_ratio(h: Float[Tensor, "n dim"], label: Int[Tensor, "n"], labels: int
                  ) -> Float[Tensor, ""]:
     """Mean of |h - m|^2 / |m - m'|^2, with m the batch's mean of h's label and m' the mean nearest

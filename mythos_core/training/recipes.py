@@ -57,6 +57,8 @@ class Recipe:
     balanced: bool = False
     # share of states that the next position reads as the mean of those that mean the same
     handed_on: float = 0.0
+    # weight of `losses.state_loss`: states that get the same answers for long are told apart
+    state_loss: float = 0.0
     # weight, while the learning rate falls, of `losses.center_loss`, and of a dilated model of
     # `losses.spread_ratio`; of one that is to contract, whether it is told labels then
     center_loss: float = 0.0
@@ -113,7 +115,8 @@ def recipe_for(machine: Machine, **changes) -> Recipe:
                     lengths=(9, 16), curriculum=0.03, loops=None,
                     strings="covering" if machine.reversible else "touring",
                     balanced=not machine.reversible,
-                    handed_on=0.5, center_loss=1.0)
+                    state_loss=0.0 if machine.reversible else 0.3, handed_on=0.5,
+                    center_loss=1.0)
     return Recipe(**{"name": machine.name, "config": parity_config(**model), "machine": machine,
                      **training, **changes})
 
@@ -154,7 +157,7 @@ def contracting_recipe(machine: Machine, doubling: bool = False, **changes) -> R
     """
     # an embedding that is not dwarfed by the state, exact as it is: no prelude's rounding comes in
     model = {"config.loop_norm": True, "config.prelude_layers": 0, "config.coda_layers": 0,
-             "config.embed_std": 0.5, "config.n_experts_per_tok": 1}
+             "config.embed_std": 0.5, "config.n_experts_per_tok": 1, "state_loss": 0.0}
     if not doubling:
         model |= {"config.n_experts": 1, "config.expert_dim": 64 if len(machine) <= FEW else 256}
         return recipe_for(machine, **{"name": f"contracting-{machine.name}", "contraction": 0.3,

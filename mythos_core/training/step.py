@@ -18,6 +18,7 @@ from mythos_core.training.losses import (
     numbered,
     ponder,
     spread_ratio,
+    state_loss,
     steepness,
     ties,
 )
@@ -172,7 +173,10 @@ def _settled(run: Run, ids):
     if recipe.contraction and falling(run):
         return _contracted(run, ids, label, labels)
     h, logits = settled(run.model, ids, label, labels, *disturbance(recipe, ids))
-    return logits, (recipe.center_loss * center_loss(h, label, labels) if falling(run) else 0.0)
+    also = recipe.center_loss * center_loss(h, label, labels) if falling(run) else 0.0
+    if recipe.state_loss:
+        also = also + recipe.state_loss * state_loss(h, label, labels)
+    return logits, also
 
 
 def _contracted(run: Run, ids, label, labels):

@@ -17,7 +17,13 @@ from tqdm.auto import tqdm
 from mythos_core.training import trainer
 from mythos_core.training.checkpoint import save, whole_steps
 from mythos_core.training.folder import as_folder, claimed
-from mythos_core.training.losses import center_loss, mean_loss, move_weights, numbered
+from mythos_core.training.losses import (
+    center_loss,
+    mean_loss,
+    move_weights,
+    numbered,
+    state_loss,
+)
 from mythos_core.training.recipes import Recipe, get_recipe
 from mythos_core.training.run import NotProved, Run, falling, finished
 from mythos_core.training.schedule import draw
@@ -133,7 +139,7 @@ def step_together(runs: Sequence[Run], optimizers: Sequence) -> list[dict]:
     batches = [_drawn(run, optimizer) for run, optimizer in zip(runs, optimizers)]
     labels = max(int(batch["label"].max()) for batch in batches) + 1
     together = {name: torch.stack([batch[name] for batch in batches]) for name in batches[0]}
-    fallen = any(falling(run) for run in runs)
+    fallen, apart = any(falling(run) for run in runs), runs[0].recipe.state_loss
 
     def loss_of(parameters, batch):
         h, logits = functional_call(model, parameters, (
@@ -142,6 +148,8 @@ def step_together(runs: Sequence[Run], optimizers: Sequence) -> list[dict]:
         loss = mean_loss(logits.flatten(0, 1), batch["targets"].flatten(), weight)
         if fallen:
             loss = loss + batch["center"] * center_loss(h, batch["label"], labels)
+        if apart:
+            loss = loss + apart * state_loss(h, batch["label"], labels)
         return loss, logits.argmax(-1)
 
     model = _Settled(runs[0].model.eval(), labels)

@@ -134,6 +134,18 @@ def test_a_machine_is_drawn_with_its_letters_and_answers():
     plt.close(fig)
 
 
+def test_a_machine_is_drawn_with_names_at_places_and_with_a_way_through_it():
+    places = [(0.0, 0.5), (-1.0, 0.0), (1.0, 0.0)]
+    fig = figures.draw_machine(machine("regex:(ab)*c"), names=["even", "odd", "lost"],
+                               places=places, way=[0, 1, 0, 2])
+    (ax,) = fig.axes
+    at = {text.get_text(): text.get_position() for text in ax.texts}
+    assert [at[name] for name in ("even", "odd", "lost")] == places
+    assert np.array(ax.lines[0].get_data()).T.tolist() == [[*places[s]] for s in (0, 1, 0, 2)]
+    assert ax.collections[0].get_offsets().tolist() == [[*places[2]]]
+    plt.close(fig)
+
+
 def test_a_table_of_shares_says_the_range_over_seeds():
     _, ax = plt.subplots()
     figures.table_of_shares(ax, {"GRU": {"S3": [1.0, 0.5], "Z5": [1.0, 1.0]}, "none": {"Z5": [0]}},
