@@ -37,9 +37,8 @@ def ratio(a, b):
 
 def spectrum():
     d = figure("jacobian_spectrum")
-    return (f"A = {d['untrained_max_A']:.2f}, yet the loop's Jacobian has radius "
-            f"{d['untrained_rho_J'][0]:.2f} after loop 1, {d['untrained_rho_J'][-1]:.2f} after "
-            f"{d['loops'][-1]}")
+    return (f"A = {d['untrained_max_A']:.2f}, radius {d['untrained_rho_J'][0]:.2f} in loop "
+            f"{d['loops'][0]}, {d['untrained_rho_J'][-1]:.2f} in {d['loops'][-1]}")
 
 
 def reached():
