@@ -320,6 +320,15 @@ def processors_table():
     return "\n".join(lines)
 
 
+def other_loops_table():
+    """What docs/bench.md quotes of looped transformers of other packages."""
+    bench = figure("bench_peers")[0]
+    lines = [f"On {bench['machine']['cpu']}, torch {bench['machine']['torch']}:", "",
+             "| work | threads | theirs | ours | ratio |", "|---|---|---|---|---|"]
+    return "\n".join(lines + [" |".join(bench_line(row).split(" |")[:5]) + " |"
+                              for row in bench["rows"]])
+
+
 LOOPING = ("settled, as in its recipe", "settled", "16 loops", "1 to 16 loops",
            "1 to 16 loops, thrown starts")
 
@@ -346,7 +355,7 @@ def test_training_without_loops_is_quoted():
     assert looping_table() in PAGES["docs/bench.md"], looping_table()
 
 
-@pytest.mark.parametrize("made", [bench_table, processors_table])
+@pytest.mark.parametrize("made", [bench_table, processors_table, other_loops_table])
 def test_the_bench_is_quoted(made):
     table = made()
     if table not in PAGES["docs/bench.md"]:

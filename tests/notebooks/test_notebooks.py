@@ -25,7 +25,8 @@ NAMES = ["01_model_sizes", "02_kv_cache", "03_spectral_stability", "04_training"
          "05_depth_extrapolation", "06_act_halting", "07_moe_utilization", "08_generation",
          "09_state_tracking", "10_text"]
 # by `make bench`, `make gpu`: test_readme.py has them
-BENCH = {"bench", "bench_doubling", "bench_scaling", "bench_schedules", "bench_states", "gpu"}
+BENCH = {"bench", "bench_doubling", "bench_peers", "bench_scaling", "bench_schedules",
+         "bench_states", "gpu"}
 REPOSITORY = re.search(r'Repository = "(.*?)"',
                        (ROOT / "pyproject.toml").read_text(encoding="utf-8")).group(1)
 
