@@ -77,7 +77,7 @@ def known(word, requirements):
 
 def test_nobody_is_told_to_install_a_package_that_is_not_ours():
     listed = lines("requirements.txt") + lines("requirements-site.txt")
-    requirements = {"pip", "open-mythos", *map(name, listed)}
+    requirements = {"pip", "open-mythos", "x-transformers", *map(name, listed)}
     paths = {path for pattern in TEXTS for path in ROOT.glob(pattern) if path.is_file()}
     told = [(path.relative_to(ROOT).as_posix(), word)
             for path in sorted(paths - {Path(__file__)}) for word in installed(text_of(path))]
