@@ -164,9 +164,14 @@ def outcome(job: Job, future) -> dict:
         raise OSError(f"{job.folder.parent}: {error}; the runs that finished are kept") from error
     except Exception as error:
         partials = job.folder.parent.glob(f"{job.folder.name}@*.partial")
-        partial = max(partials, key=os.path.getmtime, default=beside(job.folder))
+        partial = max(partials, key=_how_far, default=beside(job.folder))
         partial.mkdir(exist_ok=True)
         return keep(job, partial, error, seconds=None, peak_mb=None)
+
+
+def _how_far(partial: Path) -> tuple[bool, float]:
+    """The latest try that came to a notebook is the one to show."""
+    return (partial / "notebook.ipynb").exists(), os.path.getmtime(partial)
 
 
 def finish(client, out: Path):

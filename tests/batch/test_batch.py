@@ -537,6 +537,16 @@ time.sleep(1)"""
     assert cells[-1].metadata.papermill.status == "running"     # where it was killed
 
 
+def test_of_tries_that_were_killed_the_last_that_came_to_a_notebook_is_shown(tmp_path):
+    tries = [tmp_path / name for name in ("first", "second", "barely")]
+    for at, folder in enumerate(tries):
+        folder.mkdir()
+        if folder.name != "barely":
+            (folder / "notebook.ipynb").touch()
+        os.utime(folder, (at, at))
+    assert max(tries, key=workers._how_far).name == "second"
+
+
 def test_a_failing_notebook_is_tried_again(tmp_path, no_report, capsys):
     source = """
 import pathlib
