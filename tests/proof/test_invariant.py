@@ -221,6 +221,12 @@ def test_an_untrained_model_is_refused():
     assert not certify(model, machine("parity"), rounded=False).proved
 
 
+def test_products_that_are_too_many_are_refused(monkeypatch):
+    monkeypatch.setattr(Balls, "most_products", 5)
+    found = invariant(LoopCell(shipped("doubling-addition"), "float32"), machine("addition"))
+    assert not found.closed and found.fault == "16 products are more than 5"
+
+
 def test_balls_that_are_too_many_are_refused(monkeypatch):
     monkeypatch.setattr("mythos_core.proof.invariant.MOST_BALLS", 5)
     found = Closure(Balls(LoopCell(shipped("parity"), "float32"), 0.01), 2, machine("parity")).run()

@@ -79,6 +79,8 @@ def test_a_training_ends_with_the_proof_of_its_weights_and_nothing_rounded(recip
     run = train(recipe, seed=0, progress=False)
     assert run.certificate.proved and run.model.config.codes == 0
     assert run.certificate.machine == machine("parity").minimal()
+    if run.model.config.dilation > 1:                            # states keep one size
+        assert (run.model.recurrent.loop_norm.weight == 1).all()
     ids, answers = machine("parity").make_batch(4, 500, torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(run.model(ids).argmax(-1), answers)
